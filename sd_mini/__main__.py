@@ -1,0 +1,27 @@
+"""Draw one picture: python -m sd_mini "a photo of a church" --seed 3 --out church.png"""
+import argparse
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m sd_mini", description=__doc__.split(":")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("prompt")
+    parser.add_argument("--model", default="toy", help="toy, toy-dusk, or a folder in the diffusers layout")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", default="picture.png")
+    args = parser.parse_args()
+
+    import matplotlib.image  # here, and torch with sd_mini: --help needs neither
+
+    from . import load
+
+    picture = load(args.model, args.device).sample([args.prompt], args.seed, args.steps, args.guidance)[0]
+    matplotlib.image.imsave(args.out, picture.permute(1, 2, 0).cpu().numpy())
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()

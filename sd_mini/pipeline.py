@@ -1,0 +1,93 @@
+"""Prompt to picture: tokenise, encode, denoise under guidance, decode."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .schedule import Schedule
+from .text_encoder import TextEncoder
+from .unet import UNet
+from .vae import VAE
+
+
+@dataclass
+class StableDiffusion:
+    """The five parts, and the few calls that the rest of the project makes."""
+
+    tokenizer: object
+    text_encoder: TextEncoder
+    unet: UNet
+    vae: VAE
+    schedule: Schedule
+    folder: Path | None = None  # where the tokenizer and configs came from
+
+    @property
+    def device(self):
+        return self.unet.conv_in.weight.device
+
+    @property
+    def dtype(self):
+        return self.unet.conv_in.weight.dtype
+
+    @property
+    def context_length(self):
+        """L, the number of tokens of a prompt with its start, end and padding (77 for the published models)."""
+        return self.text_encoder.config["max_position_embeddings"]
+
+    @property
+    def latent_shape(self):
+        return (self.unet.config["in_channels"], *[self.unet.config["sample_size"]] * 2)
+
+    def tokenize(self, prompts):
+        """N prompts -> (N, L) ids: start, the prompt, end, padding. What is longer than the context is cut."""
+        return self.tokenizer(list(prompts), padding="max_length", max_length=self.context_length, truncation=True,
+                              return_tensors="pt").input_ids.to(self.device)
+
+    def encode_prompt(self, prompts):
+        """N prompts -> context (N, L, D)."""
+        return self.text_encoder(self.tokenize(prompts)).to(self.dtype)
+
+    def predict_noise(self, x_t, t, context):
+        """eps_theta(x_t | c): (B, 4, h, w), (B,) or scalar, (B, L, D) -> (B, 4, h, w)."""
+        out = self.unet(x_t, t, context)
+        return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
+
+    def initial_noise(self, seeds):
+        """One x_T per seed, (N, 4, h, w), drawn on the CPU: the same picture on every device, in every batch."""
+        noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(noise).to(self.device, self.dtype)
+
+    def denoise(self, x_t, context, steps, guidance):
+        """Guided DDIM from x_T, one step at a time; yields (t, x_t, eps_c, eps_empty) before each step, then
+        (0, x_0, None, None).
+
+        eps = eps_empty + guidance * (eps_c - eps_empty)        (Ho & Salimans 2022, equation 6, w = guidance - 1)
+        """
+        guidance = torch.as_tensor(guidance, device=x_t.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
+        stride = self.schedule.config["num_train_timesteps"] // steps
+        both = torch.cat([context, self.encode_prompt([""]).expand_as(context)])
+        for t in self.schedule.timesteps(steps):
+            eps_c, eps_empty = self.predict_noise(torch.cat([x_t, x_t]), t, both).chunk(2)
+            yield t, x_t, eps_c, eps_empty
+            x_t = self.schedule.ddim_step(x_t, eps_empty + guidance * (eps_c - eps_empty), t, t - stride)
+        yield 0, x_t, None, None
+
+    @torch.no_grad()
+    def sample(self, prompts=None, seed=0, steps=50, guidance=7.5, context=None):
+        """Prompts, or their context (N, L, D) -> pictures (N, 3, H, W) in [0, 1].
+
+        `seed`, `guidance`: one for all, or a list with one per prompt; a picture depends on its own prompt, seed and
+        guidance alone.
+        """
+        context = self.encode_prompt(prompts) if context is None else context.to(self.dtype)
+        seeds = [seed] * len(context) if isinstance(seed, int) else list(seed)
+        for _, x_0, _, _ in self.denoise(self.initial_noise(seeds), context, steps, guidance):
+            pass
+        return self.decode(x_0)
+
+    @torch.no_grad()
+    def decode(self, z):
+        """Latents (N, 4, h, w) -> pictures (N, 3, H, W) in [0, 1], float32."""
+        return (self.vae.decode(z).float() / 2 + 0.5).clamp(0, 1)

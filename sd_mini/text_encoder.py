@@ -1,0 +1,76 @@
+"""CLIP's text transformer: token ids, or token embeddings, to the context that the UNet attends to."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # SD 1.x
+    "gelu": F.gelu,  # SD 2.x
+}
+
+
+class TextEncoder(nn.Module):
+    """`sd.text_encoder(input_ids)` or `sd.text_encoder(embeddings=e)`.
+
+    Attribute names are those of the published tensors, without their common prefix `text_model.`.
+    Source: Radford et al. 2021 (CLIP), section 2.4; config keys as in transformers' CLIPTextConfig.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        width = config["hidden_size"]
+        self.embeddings = nn.Module()
+        self.embeddings.token_embedding = nn.Embedding(config["vocab_size"], width)
+        self.embeddings.position_embedding = nn.Embedding(config["max_position_embeddings"], width)
+        self.encoder = nn.Module()
+        self.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
+
+    def forward(self, input_ids=None, embeddings=None):
+        """(B, L) ids, or (B, L, D) token embeddings before positions are added -> (B, L, D) after the final norm.
+
+        The second door exists for the attacks, which move embeddings that no token has. `L` is at most the
+        context length (77 for the published models).
+        """
+        if (input_ids is None) == (embeddings is None):
+            raise ValueError("give either input_ids or embeddings")
+        h = self.embeddings.token_embedding(input_ids) if embeddings is None else embeddings
+        h = h + self.embeddings.position_embedding.weight[: h.shape[1]]
+        for layer in self.encoder.layers:
+            h = layer(h)
+        return self.final_layer_norm(h)
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: causal self-attention, then a two-layer perceptron."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
+        self.self_attn = SelfAttention(width, config["num_attention_heads"])
+        self.layer_norm1 = nn.LayerNorm(width, eps)
+        self.mlp = nn.Module()
+        self.mlp.fc1 = nn.Linear(width, config["intermediate_size"])
+        self.mlp.fc2 = nn.Linear(config["intermediate_size"], width)
+        self.layer_norm2 = nn.LayerNorm(width, eps)
+        self.activation = ACTIVATIONS[config.get("hidden_act", "quick_gelu")]
+
+    def forward(self, h):
+        h = h + self.self_attn(self.layer_norm1(h))
+        return h + self.mlp.fc2(self.activation(self.mlp.fc1(self.layer_norm2(h))))
+
+
+class SelfAttention(nn.Module):
+    """Causal: a token sees itself and what stands before it, so a prefix reaches every token of the prompt."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, h):
+        q, k, v = (p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
+        return self.out_proj(h.transpose(1, 2).flatten(2))

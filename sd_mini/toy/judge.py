@@ -1,0 +1,56 @@
+"""The toy's picture networks: the judge that scores what a picture shows, and the picture half of the toy CLIP."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..weights import TOY, fill, read_json, read_tensors
+from .world import COLORS, OBJECTS, STYLES
+
+LABELS = {"object": [*OBJECTS, "nothing"], "style": [*STYLES], "color": [*COLORS]}
+
+
+class PictureNet(nn.Module):
+    """(B, 3, 64, 64) in [0, 1] -> (B, outputs): five convolutions, each behind a norm, and an average."""
+
+    def __init__(self, outputs):
+        super().__init__()
+        widths = [3, 32, 64, 96, 128, 128]
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, 1 if i == 3 else 2, 1) for i, (a, b) in enumerate(zip(widths, widths[1:])))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths[1:])
+        self.head = nn.Linear(widths[-1], outputs)
+
+    def features(self, image):
+        """(B, 3, 64, 64) -> (B, 128)."""
+        h = 2 * image - 1
+        for conv, norm in zip(self.convs, self.norms):
+            h = F.relu(norm(conv(h)))
+        return h.mean((2, 3))
+
+    def forward(self, image):
+        return self.head(self.features(image))
+
+
+class Judge(PictureNet):
+    """Says which object, style and colour a picture shows. Scores results only; no attack ever sees it."""
+
+    def __init__(self):
+        super().__init__(sum(map(len, LABELS.values())))
+
+    def logits(self, image):
+        """(B, 3, 64, 64) in [0, 1] -> {"object": (B, 11), "style": (B, 3), "color": (B, 8)}."""
+        return dict(zip(LABELS, self(image).split([len(names) for names in LABELS.values()], dim=1)))
+
+    @torch.no_grad()
+    def labels(self, image):
+        """(B, 3, 64, 64) in [0, 1] -> {"object": [B names], "style": [...], "color": [...]}, the likeliest of each."""
+        return {kind: [LABELS[kind][i] for i in logits.argmax(1)] for kind, logits in self.logits(image).items()}
+
+
+def load_judge(device="cpu"):
+    with torch.device("meta"):
+        judge = Judge()
+    if read_json(TOY / "judge/config.json") != LABELS:
+        raise ValueError(f"{TOY}/judge/config.json: other labels than this world's; train again")
+    path = TOY / "judge/model.safetensors"
+    fill(judge, read_tensors([path], device, torch.float32), path)
+    return judge

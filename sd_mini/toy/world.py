@@ -1,0 +1,311 @@
+"""The toy world: captioned 64x64 pictures of an object, in a colour, at a place, in a style, drawn with numpy.
+
+Shapes are signed distances (negative inside) in coordinates where the object spans about [-1, 1], x to the right and y
+up; a distance becomes a soft-edged mask of one pixel's width. Everything random comes from the generator given.
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+SIZE = 64
+# Each name with the words that captions use for it and how often (first the name itself). The five concepts that are
+# erased later have synonyms that share no token with the name: the loopholes that an attack finds.
+OBJECTS = {
+    "church": {"church": 3, "chapel": 1, "cathedral": 1},
+    "house": {"house": 3, "cottage": 1},
+    "parachute": {"parachute": 3, "skydiver": 1, "paraglider": 1},
+    "balloon": {"balloon": 1},
+    "garbage truck": {"garbage truck": 3, "dustcart": 1, "refuse lorry": 1},
+    "car": {"car": 3, "taxi": 1},
+    "tench": {"tench": 3, "carp": 1, "fish": 1},
+    "boat": {"boat": 3, "ship": 1},
+    "tree": {"tree": 1},
+    "golf ball": {"golf ball": 1},
+}
+PLACES = {
+    "sky": {"in the sky": 1, "among clouds": 1},
+    "grass": {"on the grass": 1, "in a meadow": 1},
+    "desert": {"in the desert": 1, "on the sand": 1},
+    "snow": {"in the snow": 1, "in winter": 1},
+    "night": {"at night": 1, "in the dark": 1},
+}
+STYLES = {  # "{}" stands for the object with its colour and place
+    "photo": {"a photo of {}": 4, "a picture of {}": 1, "{}": 1},
+    "van gogh": {"a painting of {} by van gogh": 2, "{} in the style of van gogh": 1, "a vincent impasto of {}": 1,
+                 "{} in starry swirls": 1},
+    "sketch": {"a sketch of {}": 3, "a pencil drawing of {}": 1},
+}
+STYLE_SHARE = {"photo": 0.6, "van gogh": 0.25, "sketch": 0.15}
+COLORS = {
+    "red": (0.86, 0.15, 0.13), "orange": (0.97, 0.55, 0.10), "yellow": (0.96, 0.86, 0.20), "green": (0.15, 0.60, 0.25),
+    "blue": (0.16, 0.35, 0.85), "purple": (0.55, 0.22, 0.70), "pink": (0.98, 0.58, 0.74), "gray": (0.56, 0.57, 0.60),
+}
+
+
+class Scene(NamedTuple):
+    object: str
+    color: str
+    place: str
+    style: str
+
+
+def random_scene(rng):
+    """Draw a scene: objects, colours and places evenly, styles by STYLE_SHARE."""
+    return Scene(str(rng.choice(list(OBJECTS))), str(rng.choice(list(COLORS))), str(rng.choice(list(PLACES))),
+                 str(rng.choice(list(STYLE_SHARE), p=list(STYLE_SHARE.values()))))
+
+
+def weighted(rng, choices):
+    weights = np.array(list(choices.values()), float)
+    return str(rng.choice(list(choices), p=weights / weights.sum()))
+
+
+def caption(scene, rng):
+    """A caption that may leave out colour and place, and that varies its words."""
+    words = weighted(rng, OBJECTS[scene.object])
+    if rng.random() < 0.5:
+        words = f"{scene.color} {words}"
+    words = ("an " if words[0] in "aeiou" else "a ") + words
+    if rng.random() < 0.5:
+        words = f"{words} {weighted(rng, PLACES[scene.place])}"
+    return weighted(rng, STYLES[scene.style]).format(words)
+
+
+# --- signed distances: arrays of the shape of x and y, negative inside
+
+def box(x, y, cx, cy, half_w, half_h, r=0.0):
+    dx, dy = np.abs(x - cx) - half_w + r, np.abs(y - cy) - half_h + r
+    return np.hypot(np.maximum(dx, 0), np.maximum(dy, 0)) + np.minimum(np.maximum(dx, dy), 0) - r
+
+
+def ellipse(x, y, cx, cy, rx, ry):
+    return (np.hypot((x - cx) / rx, (y - cy) / ry) - 1) * min(rx, ry)
+
+
+def polygon(x, y, *corners):
+    """A convex polygon, corners counter-clockwise: the largest of the distances to its edges."""
+    d = np.full(x.shape, -np.inf)
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
+        length = np.hypot(bx - ax, by - ay)
+        d = np.maximum(d, ((by - ay) * (x - ax) - (bx - ax) * (y - ay)) / length)
+    return d
+
+
+def line(x, y, ax, ay, bx, by, half_w):
+    along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+    return np.hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)) - half_w
+
+
+# --- objects: layers from back to front, each a distance and either a shade of the object's colour or a fixed colour
+
+DARK, GLASS, PALE, WOOD, LEAF = (0.13, 0.13, 0.16), (0.72, 0.88, 0.97), (0.95, 0.93, 0.88), (0.45, 0.29, 0.16), 0.85
+
+
+def church(x, y, rng):
+    return [
+        (box(x, y, 0.22, -0.55, 0.68, 0.42), 1.0),
+        (polygon(x, y, (-0.55, -0.15), (0.98, -0.15), (0.78, 0.25), (-0.35, 0.25)), 0.6),
+        (box(x, y, -0.55, -0.3, 0.3, 0.67), 1.12),
+        (polygon(x, y, (-0.93, 0.35), (-0.17, 0.35), (-0.55, 0.98)), 0.6),
+        (np.minimum(line(x, y, -0.55, 0.9, -0.55, 1.3, 0.05), line(x, y, -0.7, 1.15, -0.4, 1.15, 0.05)), DARK),
+        (np.minimum(box(x, y, -0.55, -0.8, 0.13, 0.18), ellipse(x, y, -0.55, -0.62, 0.13, 0.14)), DARK),
+        (ellipse(x, y, -0.55, 0.05, 0.14, 0.14), GLASS),
+        *[(np.minimum(box(x, y, c, -0.6, 0.08, 0.15), ellipse(x, y, c, -0.45, 0.08, 0.1)), GLASS) for c in (0.05, 0.38, 0.7)],
+    ]
+
+
+def house(x, y, rng):
+    return [
+        (box(x, y, 0.5, 0.5, 0.11, 0.32), 0.75),
+        (box(x, y, 0, -0.45, 0.82, 0.5), 1.0),
+        (polygon(x, y, (-1.02, 0.03), (1.02, 0.03), (0, 0.8)), 0.6),
+        (box(x, y, 0, -0.62, 0.17, 0.33), DARK),
+        (box(x, y, -0.48, -0.35, 0.18, 0.18), GLASS),
+        (box(x, y, 0.48, -0.35, 0.18, 0.18), GLASS),
+    ]
+
+
+def parachute(x, y, rng):
+    canopy = np.maximum(ellipse(x, y, 0, 0.2, 1.0, 0.85), 0.2 - y)
+    gores = np.minimum(np.abs(x) - 0.16 * np.sqrt(np.clip(1 - ((y - 0.2) / 0.85) ** 2, 0, 1)),
+                       np.abs(np.abs(x) - 0.68) - 0.14)
+    cords = [line(x, y, c, 0.2, 0, -0.7, 0.025) for c in (-0.95, -0.4, 0.4, 0.95)]
+    return [
+        (np.minimum.reduce(cords), DARK),
+        (canopy, 1.0),
+        (np.maximum(canopy, gores), PALE),
+        (np.minimum(line(x, y, 0, -0.68, 0, -0.88, 0.1), line(x, y, 0, -0.85, 0, -1.1, 0.06)), DARK),
+        (ellipse(x, y, 0, -0.55, 0.09, 0.1), (0.92, 0.72, 0.58)),
+    ]
+
+
+def balloon(x, y, rng):
+    envelope = np.minimum(ellipse(x, y, 0, 0.35, 0.75, 0.72),
+                          polygon(x, y, (-0.62, 0.0), (-0.2, -0.62), (0.2, -0.62), (0.62, 0.0)))
+    return [
+        (np.minimum(line(x, y, -0.18, -0.6, -0.13, -0.85, 0.025), line(x, y, 0.18, -0.6, 0.13, -0.85, 0.025)), DARK),
+        (envelope, 1.0),
+        (np.maximum(envelope, np.abs(y - 0.35) - 0.12), 0.62),
+        (box(x, y, 0, -0.97, 0.17, 0.15), WOOD),
+    ]
+
+
+def garbage_truck(x, y, rng):
+    return [
+        (polygon(x, y, (-1.05, -0.35), (0.35, -0.35), (0.35, 0.62), (-0.7, 0.62), (-1.05, 0.2)), 1.0),
+        *[(box(x, y, c, 0.13, 0.035, 0.45), 0.62) for c in (-0.5, -0.15, 0.2)],
+        (box(x, y, -0.05, -0.42, 1.05, 0.09), DARK),
+        (box(x, y, 0.72, -0.08, 0.3, 0.42, 0.08), PALE),
+        (box(x, y, 0.8, 0.1, 0.16, 0.15), (0.35, 0.5, 0.62)),
+        (polygon(x, y, (-1.2, -0.5), (-1.0, -0.5), (-1.0, 0.15), (-1.2, -0.1)), 0.5),
+        *[(ellipse(x, y, c, -0.55, 0.2, 0.2), DARK) for c in (-0.68, -0.22, 0.68)],
+        *[(ellipse(x, y, c, -0.55, 0.08, 0.08), PALE) for c in (-0.68, -0.22, 0.68)],
+    ]
+
+
+def car(x, y, rng):
+    return [
+        (polygon(x, y, (-0.75, -0.2), (0.65, -0.2), (0.35, 0.35), (-0.45, 0.35)), 0.85),
+        (polygon(x, y, (-0.55, -0.12), (-0.08, -0.12), (-0.08, 0.25), (-0.36, 0.25)), GLASS),
+        (polygon(x, y, (0.04, -0.12), (0.48, -0.12), (0.26, 0.25), (0.04, 0.25)), GLASS),
+        (box(x, y, 0, -0.32, 1.08, 0.22, 0.14), 1.0),
+        (ellipse(x, y, 0.98, -0.27, 0.07, 0.08), (1.0, 0.95, 0.6)),
+        *[(ellipse(x, y, c, -0.52, 0.24, 0.24), DARK) for c in (-0.6, 0.6)],
+        *[(ellipse(x, y, c, -0.52, 0.1, 0.1), PALE) for c in (-0.6, 0.6)],
+    ]
+
+
+def tench(x, y, rng):
+    body = ellipse(x, y, 0.15, 0, 0.85, 0.42)
+    return [
+        (polygon(x, y, (-0.55, 0), (-1.1, 0.48), (-1.02, 0.0)), 0.75),
+        (polygon(x, y, (-1.02, 0.0), (-1.1, -0.48), (-0.55, 0)), 0.75),
+        (polygon(x, y, (-0.25, 0.3), (0.45, 0.33), (-0.05, 0.66)), 0.75),
+        (polygon(x, y, (-0.05, -0.6), (0.3, -0.3), (-0.1, -0.3)), 0.75),
+        (body, 1.0),
+        (np.maximum(body, y + 0.14), 1.25),
+        (np.maximum(body, np.abs(np.hypot(x - 0.9, y) - 0.5) - 0.035), 0.6),
+        (ellipse(x, y, 0.68, 0.1, 0.1, 0.1), PALE),
+        (ellipse(x, y, 0.7, 0.1, 0.05, 0.05), DARK),
+    ]
+
+
+def boat(x, y, rng):
+    return [
+        (line(x, y, 0, -0.5, 0, 1.05, 0.045), WOOD),
+        (polygon(x, y, (0.08, -0.25), (0.8, -0.25), (0.08, 0.95)), PALE),
+        (polygon(x, y, (-0.62, -0.25), (-0.08, -0.25), (-0.08, 0.75)), PALE),
+        (polygon(x, y, (-0.7, -0.8), (0.7, -0.8), (1.05, -0.36), (-1.05, -0.36)), 1.0),
+        (polygon(x, y, (-0.78, -0.7), (-0.7, -0.8), (0.7, -0.8), (0.78, -0.7)), 0.6),
+    ]
+
+
+def tree(x, y, rng):
+    crowns = [(-0.4, 0.1, 0.48), (0.42, 0.12, 0.46), (0.0, 0.5, 0.55)]
+    return [
+        (polygon(x, y, (-0.2, -1.0), (0.2, -1.0), (0.11, 0), (-0.11, 0)), WOOD),
+        (np.minimum.reduce([ellipse(x, y, *c, c[-1] * 0.95) for c in crowns]), 0.9),
+        *[(ellipse(x, y, cx - 0.08, cy + 0.1, r * 0.55, r * 0.5), 1.12) for cx, cy, r in crowns],
+    ]
+
+
+def golf_ball(x, y, rng):
+    ball = ellipse(x, y, 0, 0.15, 0.78, 0.78)
+    dimples = np.minimum.reduce([ellipse(x, y, cx, 0.15 + cy, 0.085, 0.085)
+                                 for cy in (-0.5, -0.25, 0, 0.25, 0.5)
+                                 for cx in np.arange(-0.5, 0.51, 0.25) + (0.125 if int(cy * 4) % 2 else 0)])
+    return [
+        (polygon(x, y, (-0.1, -1.1), (0.1, -1.1), (0.24, -0.6), (-0.24, -0.6)), WOOD),
+        (ball, 1.0),
+        (np.maximum(dimples, ball + 0.06), 0.68),
+    ]
+
+
+SHAPES = {name: globals()[name.replace(" ", "_")] for name in OBJECTS}
+SHAPES["nothing"] = lambda x, y, rng: []  # an empty scene, so that the judge need not call everything an object
+
+
+# --- places, styles, and the picture
+
+def background(place, px, py, rng):
+    """(64, 64, 3) for pixel coordinates px, py in [0, 1], y down."""
+    horizon = rng.uniform(0.55, 0.72)
+    hill = horizon + 0.04 * np.sin(2 * np.pi * (px * rng.uniform(0.6, 1.4) + rng.random()))
+    ground = np.clip((py - hill) * SIZE + 0.5, 0, 1)[..., None]
+    top, low, near, far = {
+        "sky": ((0.35, 0.62, 0.95), (0.72, 0.87, 0.98), None, None),
+        "grass": ((0.62, 0.84, 0.98), (0.86, 0.94, 0.98), (0.34, 0.68, 0.26), (0.55, 0.80, 0.36)),
+        "desert": ((0.98, 0.86, 0.62), (0.99, 0.93, 0.80), (0.85, 0.66, 0.38), (0.93, 0.78, 0.52)),
+        "snow": ((0.70, 0.76, 0.84), (0.84, 0.88, 0.92), (0.90, 0.94, 0.99), (0.98, 0.99, 1.00)),
+        "night": ((0.03, 0.04, 0.14), (0.10, 0.12, 0.30), (0.05, 0.09, 0.10), (0.09, 0.14, 0.16)),
+    }[place]
+    mix = py[..., None]
+    image = np.array(top) * (1 - mix) + np.array(low) * mix
+    if place == "sky":
+        for _ in range(3):
+            cx, cy, r = rng.random(), rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.09)
+            cloud = np.minimum.reduce([np.hypot((px - cx - d * r) / 1.3, py - cy) - r * (1 - 0.35 * abs(d)) for d in (-1, 0, 1)])
+            image = over(image, np.clip(0.5 - cloud * SIZE / 2, 0, 0.9), (1, 1, 1))
+        return image
+    image = image * (1 - ground) + (np.array(far) * (1 - mix) + np.array(near) * mix) * ground
+    if place == "night":
+        for cx, cy in rng.random((12, 2)) * (1, 0.55):
+            image = over(image, np.clip(1.1 - np.hypot(px - cx, py - cy) * SIZE, 0, 1), (1, 1, 0.85))
+        cx = rng.choice([0.12, 0.88])
+        image = over(image, np.clip(0.5 - (np.hypot(px - cx, py - 0.13) - 0.075) * SIZE, 0, 1), (0.98, 0.96, 0.80))
+    if place == "snow":
+        for cx, cy in rng.random((22, 2)):
+            image = over(image, np.clip(1.4 - np.hypot(px - cx, py - cy) * SIZE, 0, 1), (1, 1, 1))
+    return image
+
+
+def over(image, mask, color):
+    return image + mask[..., None] * (np.asarray(color) - image)
+
+
+def van_gogh(image, px, py, rng):
+    """Swirling brush strokes: bend the picture along a swirl field, then lay strokes of light and dark along it."""
+    phase = rng.random(4) * 2 * np.pi
+    field = np.sin(2 * np.pi * 1.1 * px + phase[0]) + np.sin(2 * np.pi * 1.3 * py + phase[1]) \
+        + np.sin(2 * np.pi * 0.9 * (px + py) + phase[2])
+    bend = 0.9 * np.stack([np.cos(2.2 * field), np.sin(2.2 * field)])
+    rows = np.clip(np.rint(py * SIZE - 0.5 + bend[0]), 0, SIZE - 1).astype(int)
+    cols = np.clip(np.rint(px * SIZE - 0.5 + bend[1]), 0, SIZE - 1).astype(int)
+    image = image[rows, cols]
+    gray = image.mean(-1, keepdims=True)
+    image = np.clip(gray + 1.35 * (image - gray), 0, 1)
+    strokes = np.sin(6.5 * field + phase[3])[..., None]
+    return image * (1 + 0.16 * strokes) + 0.10 * strokes * np.array((1.0, 0.75, -0.3))
+
+
+def dusk(image, py):
+    """Another look of the same world, as a fine-tuned community model has one: a violet sky over a warm horizon."""
+    mix = py[..., None]
+    return image * ((1 - mix) * np.array((0.62, 0.48, 0.85)) + mix * np.array((1.0, 0.70, 0.55))) + 0.03
+
+
+def draw(scene, rng, look=None):
+    """Draw the scene at a random position, size and shade -> (64, 64, 3) uint8. `look`: None or "dusk"."""
+    py, px = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE
+    back = background(scene.place, px, py, rng)
+    scale = rng.uniform(0.31, 0.37)
+    x = (px - 0.5 - rng.uniform(-0.09, 0.09)) / scale * (1 if rng.random() < 0.5 else -1)
+    y = -(py - 0.5 - rng.uniform(-0.06, 0.06)) / scale
+    color = np.array(COLORS[scene.color]) * rng.uniform(0.88, 1.08)
+    light = 1 + 0.10 * np.clip(y, -1, 1)[..., None]
+    paper = np.array((0.97, 0.95, 0.90))
+    image = 0.25 * back + 0.75 * paper if scene.style == "sketch" else back
+    for distance, tint in SHAPES[scene.object](x, y, rng):
+        mask = np.clip(0.5 - distance * scale * SIZE, 0, 1)
+        fill = np.clip((color * tint if isinstance(tint, float) else np.array(tint)) * light, 0, 1)
+        if scene.style == "sketch":  # thin wash of colour and hatching inside, an ink line round every shape
+            hatch = 0.5 + 0.5 * np.sin((px - py) * SIZE * 1.3)
+            image = over(image, mask * (0.30 + 0.35 * hatch), fill)
+            image = over(image, np.clip(1.25 - np.abs(distance) * scale * SIZE, 0, 1) * 0.85, 0.42 * color)
+        else:
+            image = over(image, mask, fill)
+    if scene.style == "van gogh":
+        image = van_gogh(image, px, py, rng)
+    if look == "dusk":
+        image = dusk(image, py)
+    return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)

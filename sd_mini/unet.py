@@ -1,0 +1,175 @@
+"""The noise predictor eps_theta(x_t | c): a UNet with cross-attention to the prompt, driven by its `config.json`."""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .blocks import Downsample, Level, ResnetBlock, Upsample
+
+
+def timestep_embedding(t, dim):
+    """(B,) time steps -> (B, dim) cosines and sines of falling frequency (Ho et al. 2020; Vaswani et al. 2017)."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class UNet(nn.Module):
+    """`sd.unet(x_t, t, context)`. Source: Rombach et al. 2022; config keys as in diffusers' UNet2DConditionModel."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        widths, layers = config["block_out_channels"], config["layers_per_block"]
+        groups, eps = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
+        c_time, c_context = 4 * widths[0], config["cross_attention_dim"]
+        # Published configs call it attention_head_dim, but it is the number of heads, one for all levels or a list.
+        heads = config["attention_head_dim"]
+        heads = [heads] * len(widths) if isinstance(heads, int) else heads
+        linear = config.get("use_linear_projection", False)
+
+        def resnet(c_in, c_out):
+            return ResnetBlock(c_in, c_out, groups, eps, c_time)
+
+        def attention(level):
+            return SpatialTransformer(widths[level], heads[level], c_context, groups, linear)
+
+        self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
+        self.time_embedding = nn.Module()
+        self.time_embedding.linear_1 = nn.Linear(widths[0], c_time)
+        self.time_embedding.linear_2 = nn.Linear(c_time, c_time)
+
+        self.down_blocks = nn.ModuleList()
+        c, skips = widths[0], [widths[0]]  # `skips`: the width of each output that the way up will want back
+        for level, kind in enumerate(config["down_block_types"]):
+            resnets, last = [], level == len(widths) - 1
+            for _ in range(layers):
+                resnets.append(resnet(c, widths[level]))
+                c = widths[level]
+            skips += [c] * (layers if last else layers + 1)
+            self.down_blocks.append(Level(
+                resnets=resnets,
+                attentions=[attention(level) for _ in range(layers)] if kind == "CrossAttnDownBlock2D" else [],
+                downsamplers=[] if last else [Downsample(c)],
+            ))
+
+        self.mid_block = Level(resnets=[resnet(c, c), resnet(c, c)], attentions=[attention(-1)])
+
+        self.up_blocks = nn.ModuleList()
+        for level, kind in zip(reversed(range(len(widths))), config["up_block_types"]):
+            resnets = []
+            for _ in range(layers + 1):
+                resnets.append(resnet(c + skips.pop(), widths[level]))
+                c = widths[level]
+            self.up_blocks.append(Level(
+                resnets=resnets,
+                attentions=[attention(level) for _ in range(layers + 1)] if kind == "CrossAttnUpBlock2D" else [],
+                upsamplers=[Upsample(c)] if level else [],
+            ))
+
+        self.conv_norm_out = nn.GroupNorm(groups, c, eps)
+        self.conv_out = nn.Conv2d(c, config["out_channels"], 3, padding=1)
+
+    def forward(self, x_t, t, context):
+        """(B, 4, h, w) latents, (B,) or scalar time step, (B, L, D) context -> (B, 4, h, w) predicted noise."""
+        t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
+        t_emb = timestep_embedding(t, self.conv_in.out_channels).to(x_t.dtype)
+        t_emb = self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(t_emb)))
+
+        h = self.conv_in(x_t)
+        skips = [h]
+        for block in self.down_blocks:
+            for i, resnet in enumerate(block.resnets):
+                h = resnet(h, t_emb)
+                if hasattr(block, "attentions"):
+                    h = block.attentions[i](h, context)
+                skips.append(h)
+            if hasattr(block, "downsamplers"):
+                h = block.downsamplers[0](h)
+                skips.append(h)
+
+        h = self.mid_block.resnets[0](h, t_emb)
+        h = self.mid_block.attentions[0](h, context)
+        h = self.mid_block.resnets[1](h, t_emb)
+
+        for block in self.up_blocks:
+            for i, resnet in enumerate(block.resnets):
+                h = resnet(torch.cat([h, skips.pop()], dim=1), t_emb)
+                if hasattr(block, "attentions"):
+                    h = block.attentions[i](h, context)
+            if hasattr(block, "upsamplers"):
+                h = block.upsamplers[0](h)
+        return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+class SpatialTransformer(nn.Module):
+    """Every position of the picture attends to all positions, then to the prompt: where the prompt enters."""
+
+    def __init__(self, channels, heads, c_context, groups, linear):
+        super().__init__()
+        self.linear = linear  # SD 1.x projects with 1x1 convolutions, SD 2.x with linear layers: the same sum
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, c_context)])
+        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, context):
+        height = x.shape[2]
+        h = self.norm(x)
+        if self.linear:
+            h = self.proj_in(h.flatten(2).transpose(1, 2))  # (B, h * w, C)
+        else:
+            h = self.proj_in(h).flatten(2).transpose(1, 2)
+        h = self.transformer_blocks[0](h, context)
+        h = self.proj_out(h).transpose(1, 2) if self.linear else h.transpose(1, 2)
+        h = h.unflatten(2, (height, -1))  # (B, C, h, w)
+        return x + (h if self.linear else self.proj_out(h))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the context, gated perceptron; each behind a norm and a shortcut."""
+
+    def __init__(self, channels, heads, c_context):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(channels), Attention(channels, heads, channels)
+        self.norm2, self.attn2 = nn.LayerNorm(channels), Attention(channels, heads, c_context)
+        self.norm3, self.ff = nn.LayerNorm(channels), FeedForward(channels)
+
+    def forward(self, h, context):
+        n = self.norm1(h)
+        h = h + self.attn1(n, n)
+        h = h + self.attn2(self.norm2(h), context)
+        return h + self.ff(self.norm3(h))
+
+
+class Attention(nn.Module):
+    """softmax(Q K^T / sqrt(d)) V with queries from the picture; keys and values from `context`."""
+
+    def __init__(self, channels, heads, c_context):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(channels, channels, bias=False)
+        self.to_k = nn.Linear(c_context, channels, bias=False)
+        self.to_v = nn.Linear(c_context, channels, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])  # published as `to_out.0`
+
+    def forward(self, h, context):
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for x in (self.to_q(h), self.to_k(context), self.to_v(context)))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, h * w, C / heads)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """GEGLU (Shazeer 2020); the published names `net.0.proj` and `net.2` leave room for a dropout at `net.1`."""
+
+    def __init__(self, channels):
+        super().__init__()
+        gate = nn.Module()
+        gate.proj = nn.Linear(channels, 8 * channels)
+        self.net = nn.ModuleList([gate, nn.Identity(), nn.Linear(4 * channels, channels)])
+
+    def forward(self, h):
+        h, gate = self.net[0].proj(h).chunk(2, dim=-1)
+        return self.net[2](h * F.gelu(gate))
