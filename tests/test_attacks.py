@@ -1,0 +1,123 @@
+"""Prompts with a prefix, the simplex projection, and both attacks."""
+import itertools
+
+import pytest
+import torch
+
+import advunlearn as au
+
+
+def test_insert_prefix_keeps_start_prompt_end_and_length(sd):
+    ids = sd.tokenize(["a photo of a garbage truck"])
+    length = int((ids != sd.tokenizer.pad_token_id).sum()) + 1  # the end token is also the padding
+    prefix = torch.tensor([[5, 6, 7]])
+    out = au.insert_prefix(ids, prefix)
+    assert out.shape == ids.shape
+    assert out[0, 0] == sd.tokenizer.bos_token_id and out[0, 1:4].tolist() == [5, 6, 7]
+    assert out[0, 4 : length + 3].tolist() == ids[0, 1:length].tolist()
+    assert (out[0, length + 3 :] == sd.tokenizer.pad_token_id).all()
+
+
+def test_prefix_of_ids_and_of_their_embeddings_is_the_same_context(sd):
+    ids, prefix = sd.tokenize(["a house", "a photo of a red boat at night"]), torch.tensor([[300, 301], [302, 303]])
+    table = sd.text_encoder.embeddings.token_embedding.weight
+    torch.testing.assert_close(au.encode_with_prefix(sd, ids, table[prefix]), sd.text_encoder(au.insert_prefix(ids, prefix)))
+
+
+def test_room_is_counted_in_tokens(sd):
+    word = "zyzzyva"  # one word, but several tokens
+    tokens = len(sd.tokenizer(word).input_ids)
+    assert tokens > 3
+    au.check_room(sd, [word], sd.context_length - tokens)
+    with pytest.raises(ValueError, match="exceeds"):
+        au.check_room(sd, [word], sd.context_length - tokens + 1)
+
+
+def test_project_simplex_against_its_definition(generator):
+    """The nearest point: on the simplex, and no other point of a fine grid is nearer."""
+    grid = torch.tensor([(a, b, 20 - a - b) for a, b in itertools.product(range(21), repeat=2) if a + b <= 20]) / 20
+    for v in 2 * torch.randn(50, 3, generator=generator):
+        p = au.project_simplex(v)
+        assert p.min() >= 0 and abs(p.sum() - 1) < 1e-5
+        assert (p - v).norm() <= (grid - v).norm(dim=1).min() + 1e-5
+
+
+def test_project_simplex_works_on_rows_and_leaves_the_simplex_alone():
+    on = torch.tensor([[[0.2, 0.8], [1.0, 0.0]]])
+    torch.testing.assert_close(au.project_simplex(on), on)
+    torch.testing.assert_close(au.project_simplex(torch.tensor([[5.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])),
+                               torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+
+
+@pytest.fixture
+def attacked(sd, generator):
+    """A fixed attack loss on the toy: make "a house" denoise like "a church"."""
+    ids = sd.tokenize(["a photo of a house"] * 4)
+    x_t, t = torch.randn(4, *sd.latent_shape, generator=generator), torch.tensor([300, 500, 700, 900])
+    eps_c = sd.predict_noise(x_t, t, sd.encode_prompt(["a photo of a church"] * 4))
+    table = sd.text_encoder.embeddings.token_embedding.weight
+
+    def loss_of(delta):
+        return au.attack_loss(sd, x_t, t, au.encode_with_prefix(sd, ids, delta), eps_c)
+
+    return table, au.legal_tokens(sd.tokenizer), loss_of
+
+
+@pytest.mark.parametrize("kind, radius", [("embedding", None), ("fast", None), ("embedding", 0.03)])
+def test_embedding_attack_lowers_its_loss(attacked, kind, radius):
+    table, legal, loss_of = attacked
+    start = legal[torch.arange(8).view(4, 2) * 7]
+    steps = list(au.embedding_attack(table, start, loss_of, au.Attack(kind, 15, 0.01, 2, radius)))
+    assert len(steps) == 15 and not steps[-1][0].requires_grad
+    assert (loss_of(steps[-1][0]) < loss_of(table[start])).all()
+
+
+def test_embedding_attack_stays_within_its_radius(attacked):
+    table, legal, loss_of = attacked
+    start = legal[torch.arange(8).view(4, 2)]
+    for delta, _ in au.embedding_attack(table, start, loss_of, au.Attack("embedding", 10, 0.05, 2, radius=0.02)):
+        assert (delta - table[start]).abs().max() <= 0.02 + 1e-6
+
+
+def test_one_sign_step_is_fast_at(attacked):
+    table, legal, loss_of = attacked
+    start = legal[torch.zeros(4, 2, dtype=torch.long)]
+    (delta, _), = au.embedding_attack(table, start, loss_of, au.Attack("fast", 1, 0.05, 2))
+    torch.testing.assert_close((delta - table[start]).abs(), torch.full_like(delta, 0.05))
+
+
+def test_embedding_attack_does_not_pile_up_gradients():
+    """On a linear loss every sign step is the same; Adam's second step must not see the first gradient again."""
+    seen = []
+
+    def loss_of(delta):
+        seen.append(delta.detach().clone())
+        return delta.square().flatten(1).sum(1)
+
+    table = torch.ones(3, 2)
+    list(au.embedding_attack(table, torch.zeros(1, 1, dtype=torch.long), loss_of, au.Attack("fast", 3, 0.1, 1)))
+    torch.testing.assert_close(torch.stack(seen).flatten()[::2], torch.tensor([1.0, 0.9, 0.8]))
+
+
+def test_token_attack_lowers_its_loss_with_legal_tokens(attacked, generator):
+    table, legal, loss_of = attacked
+    steps = list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 80, 0.02, 2), generator))
+    ids = torch.stack([ids for ids, _ in steps])
+    assert ids.shape == (80, 4, 2) and torch.isin(ids, legal).all()
+    random = torch.stack([loss_of(table[legal[torch.randint(len(legal), (4, 2), generator=generator)]]) for _ in range(20)])
+    assert loss_of(table[ids[-1]]).mean() < random.mean()
+
+
+def test_legal_tokens_are_their_own_text(sd):
+    legal = au.legal_tokens(sd.tokenizer)
+    assert len(legal) > 100 and not set(legal.tolist()) & set(sd.tokenizer.all_special_ids)
+    for i in legal[::17].tolist():
+        assert sd.tokenizer(sd.tokenizer.decode([i])).input_ids[1:-1] == [i]
+
+
+def test_attacks_leave_the_model_alone(sd, attacked, generator):
+    before = [p.clone() for p in sd.text_encoder.parameters()]
+    table, legal, loss_of = attacked
+    list(au.embedding_attack(table, legal[:4, None], loss_of, au.Attack("embedding", 2, 0.1, 1)))
+    list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 2, 0.1, 1), generator))
+    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(sd.text_encoder.parameters(), before))

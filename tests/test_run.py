@@ -1,0 +1,148 @@
+"""The outer loop and the command line, end to end on a small budget."""
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import advunlearn as au
+
+ROOT = Path(au.__file__).parent
+SMALL = au.Config(**{**au.TOY, "steps": 6, "warmup": 2, "attack_steps": 2, "trajectories": 4, "trajectory_steps": 4,
+                     "erase_batch": 2, "retain_batch": 2, "device": "cpu", "model": "toy"})
+FLAGS = ["--steps", "4", "--warmup", "1", "--attack-steps", "2", "--trajectories", "4", "--trajectory-steps", "4",
+         "--eval-prompts", "3", "--eval-utility", "3", "--eval-steps", "4", "--eval-attack-steps", "4", "--eval-looks", "2"]
+
+
+def erase(sd, **changes):
+    """A small run on a copy of the part that is trained -> (erased model, losses)."""
+    config = replace(SMALL, **changes)
+    erased = replace(sd, **{config.train: copy.deepcopy(getattr(sd, config.train))})
+    return erased, au.advunlearn(erased, sd, ["church", "a photo of a church"], ["a photo of a house", "a boat"], config)
+
+
+def changed(a, b):
+    """Names of the tensors in which two modules differ."""
+    return {name for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items()) if not torch.equal(x, y)}
+
+
+def test_whole_text_encoder_is_trained_and_nothing_else(sd):
+    before = copy.deepcopy((sd.text_encoder, sd.unet, sd.vae))
+    erased, _ = erase(sd)
+    assert changed(sd.text_encoder, erased.text_encoder) == set(sd.text_encoder.state_dict())
+    for module, original in zip((sd.text_encoder, sd.unet, sd.vae), before):  # the frozen model's bytes
+        assert not changed(module, original)
+        assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+
+
+def test_first_layer_only(sd):
+    erased, _ = erase(sd, layers=1)
+    names = changed(sd.text_encoder, erased.text_encoder)
+    assert names == {name for name in sd.text_encoder.state_dict() if name.startswith("encoder.layers.0.")}
+
+
+def test_layers_are_chosen_by_index_not_by_name():
+    encoder = au.sd_mini.pipeline.TextEncoder({"vocab_size": 5, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 12,
+                                               "num_attention_heads": 1, "max_position_embeddings": 4})
+    model = au.sd_mini.StableDiffusion(None, encoder, None, None, None)
+    theta = au.parameters_to_train(model, replace(SMALL, layers=2))
+    assert {id(p) for p in theta} == {id(p) for layer in encoder.encoder.layers[:2] for p in layer.parameters()}
+    with pytest.raises(ValueError, match="--layers 13: this text encoder has 12"):
+        au.parameters_to_train(model, replace(SMALL, layers=13))
+
+
+def test_unet_is_trained_when_asked(sd):
+    erased, _ = erase(sd, train="unet", steps=3)
+    assert changed(sd.unet, erased.unet) == set(sd.unet.state_dict()) and erased.text_encoder is sd.text_encoder
+
+
+@pytest.mark.parametrize("attack", ["embedding", "token", "fast", "none"])
+def test_every_attack_trains(sd, attack):
+    _, history = erase(sd, attack=attack, steps=3, warmup=1, plain_share=0.0)
+    assert len(history) == 3 and all(l_attack != l_attack for _, l_attack, _ in history[:1])  # nan: no attack in warm-up
+    assert (attack == "none") == (history[-1][1] != history[-1][1])
+    assert all(erase_loss > 0 and retain >= 0 for erase_loss, _, retain in history)
+
+
+def test_first_step_loss_is_the_closed_form(sd):
+    """At theta = theta_o without attack: ||eps_c - (eps_e - eta (eps_c - eps_e))||^2 = (1 + eta)^2 ||eps_c - eps_e||^2,
+    and the retain loss is 0."""
+    config = replace(SMALL, steps=1, attack="none", eta=2.0)
+    draw = au.trajectory_bank(sd, ["church", "a photo of a church"], config, 1_000_000)
+    z = draw(config.erase_batch, torch.Generator().manual_seed(0))
+    expected = 9 * au.squared_error(z.eps_c, z.eps_empty).mean()
+    _, [(l_erase, _, l_retain)] = erase(sd, steps=1, attack="none", eta=2.0)
+    assert l_erase == pytest.approx(expected.item(), rel=1e-3) and l_retain < 1e-9
+
+
+def test_bank_holds_what_the_frozen_model_predicts(sd):
+    prompts = ["a church", "a photo of a church"]
+    draw = au.trajectory_bank(sd, prompts, SMALL, 0)
+    z = draw(8, torch.Generator().manual_seed(0))
+    context = sd.encode_prompt([prompts[i] for i in z.prompt])
+    torch.testing.assert_close(sd.predict_noise(z.x_t, z.t, context), z.eps_c, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sd.predict_noise(z.x_t, z.t, sd.encode_prompt([""] * 8)), z.eps_empty, rtol=1e-3, atol=1e-4)
+
+
+def test_fresh_trajectories_draw_the_same_kind_of_latents(sd):
+    prompts = ["a church", "a photo of a church"]
+    draw = au.fresh_trajectories(sd, prompts, SMALL)
+    z = draw(6, torch.Generator().manual_seed(0))
+    assert len(z.t) == 6 and set(z.t.tolist()) <= set(sd.schedule.timesteps(SMALL.trajectory_steps))
+    context = sd.encode_prompt([prompts[i] for i in z.prompt])
+    torch.testing.assert_close(sd.predict_noise(z.x_t, z.t, context), z.eps_c, rtol=1e-3, atol=1e-4)
+
+
+def test_bank_saves_unet_evaluations(sd):
+    counted = au.count_evaluations(sd)
+    erase(sd, steps=4)
+    with_bank = counted[0]
+    erase(sd, steps=4, fresh_trajectories=True)
+    assert with_bank < counted[0] - with_bank
+
+
+def test_retain_set_loses_prompts_that_name_the_concept(capsys):
+    kept = au.without_concept(["a photo of a church", "a photo of a chapel", "a photo of a house"], ("church", "chapel"))
+    assert kept == ["a photo of a house"] and "church" in capsys.readouterr().out
+
+
+def run(*arguments, ok=True):
+    done = subprocess.run([sys.executable, "advunlearn.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode == 0) == ok, done.stderr
+    return done
+
+
+def test_command_line_end_to_end(tmp_path):
+    """Train twice: the same bytes. Then score the encoder again, and draw with it."""
+    a, b, again, drawn = (tmp_path / name for name in ("a", "b", "again", "drawn"))
+    printed = run("--concept", "church", *FLAGS, "--out", str(a)).stdout
+    assert printed.startswith("model: toy") and "ASR, token attack" in printed
+    assert all(len(line) <= 80 for line in printed.splitlines() if str(tmp_path) not in line)
+    assert {p.name for p in a.iterdir()} == {"text_encoder", "results.json", "samples.png", "losses.png", "README.md"}
+    run("--concept", "church", *FLAGS, "--out", str(b))
+    weights = [(folder / "text_encoder/model.safetensors").read_bytes() for folder in (a, b)]
+    assert weights[0] == weights[1]
+
+    results = json.loads((a / "results.json").read_text())
+    assert results["config"]["steps"] == 4 and results["unet_evaluations"] > 0
+    assert len(results["results"]["erased"]["token_attack"]) == 3
+    run("--task", "evaluate", "--text-encoder", str(a / "text_encoder"), *FLAGS, "--out", str(again))
+    scored = json.loads((again / "results.json").read_text())
+    assert scored["results"]["erased"] == results["results"]["erased"]
+    run("--task", "sample", "--text-encoder", str(a / "text_encoder"), "--prompts", "a church", "a boat", "--out", str(drawn))
+    assert (drawn / "samples.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--concept", "unicorn"], "knows church"),
+    (["--model", "/nowhere"], "/nowhere: no such folder or file"),
+    (["--task", "sample"], "give --prompts"),
+    (["--text-encoder", "/nowhere", "--task", "evaluate"], "/nowhere: no such folder or file"),
+])
+def test_bad_input_gets_one_line(arguments, message):
+    error = run(*arguments, ok=False).stderr.strip()
+    assert message in error and error.count("\n") == 0

@@ -1,0 +1,46 @@
+"""Run the test suite at both ends of the transformers range, each in a virtual environment of its own.
+
+    python tests/versions.py                 both ends
+    python tests/versions.py 4.45.0          one of them; further words go to pytest
+
+What is erased under one version is opened by the other: `tests/test_published.py` saves and opens with whichever is
+installed, and the files are the same bytes, which this script checks last.
+"""
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ENDS = {"4.45.0": "diffusers==0.31.0", "5.*": "diffusers"}  # transformers -> a diffusers of its time
+SAVE = """
+import hashlib, sys, sd_mini
+sd_mini.save_part(sd_mini.load("toy").text_encoder, sys.argv[1], "text_encoder")
+"""
+
+
+def run(python, *arguments):
+    subprocess.run([python, *arguments], cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def main(versions, pytest_arguments):
+    digests = {}
+    for version in versions:
+        with tempfile.TemporaryDirectory() as folder:
+            venv.create(folder, with_pip=True)
+            python = str(Path(folder) / "bin/python")
+            run(python, "-m", "pip", "install", "-q", "-r", "requirements.txt", f"transformers=={version}", ENDS[version])
+            run(python, "-c", "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)")
+            run(python, "-m", "pytest", "-q", *pytest_arguments)
+            run(python, "-c", SAVE, str(Path(folder) / "saved"))
+            digests[version] = hashlib.sha256((Path(folder) / "saved/model.safetensors").read_bytes()).hexdigest()
+    assert len(set(digests.values())) == 1, digests
+    print("all pass; the saved text encoder is the same bytes:", digests)
+
+
+if __name__ == "__main__":
+    chosen = [word for word in sys.argv[1:] if word in ENDS] or list(ENDS)
+    main(chosen, [word for word in sys.argv[1:] if word not in ENDS])
