@@ -117,15 +117,24 @@ class Config:
         return Attack(kind, self.eval_attack_steps, lr, self.eval_prefix)
 
 
-# Where the toy model departs from the paper: it is a million times smaller than its data are simple, learns from steps
-# ten times as long, and needs several phrasings since its text encoder ties words less well together.
-TOY = dict(layers=0, steps=400, warmup=50, lr=1e-4, erase_batch=8, phrasings=4, plain_share=0.3, retain_weight=0.3,
-           retain_batch=8, attack_steps=8, attack_lr=0.005, prefix=3, trajectory_steps=25, eval_prompts=24, eval_steps=20,
-           eval_attack_steps=100, eval_looks=4)
+# Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
+# reach "a red church in the snow" by itself: hence the phrasings, steps twenty times as long, a stronger eta against the
+# one picture in ten that shows a church whatever the prompt says, and plain steps, without which the unattacked prompt
+# stays under-trained. Found on church and parachute, seeds 0 and 1.
+TOY = dict(layers=0, steps=300, warmup=50, lr=2e-4, eta=2.5, erase_batch=8, phrasings=12, plain_share=0.3, retain_weight=0.3,
+           retain_batch=8, attack_steps=6, attack_lr=0.007, prefix=3, trajectories=48, trajectory_steps=25, eval_prompts=24,
+           eval_steps=20, eval_attack_steps=100, eval_looks=4)
 
 PHRASINGS = {  # by kind of concept
-    "object": ("{}", "a photo of a {}", "a red {} in the snow", "a sketch of a {}"),
-    "style": ("{}", "a painting of a house by {}", "a red car in the style of {}", "a painting of a tree in the snow by {}"),
+    "object": ("{}", "a photo of a {}", "a sketch of a {}", "a painting of a {} by van gogh", "a red {} in the snow",
+               "a picture of a blue {} in the sky", "a green {} on the grass", "a photo of a gray {} in the desert",
+               "a sketch of a yellow {} at night", "a purple {} in the style of van gogh",
+               "a pencil drawing of a pink {} on the grass", "a painting of a {} at night by van gogh"),
+    "style": ("{}", "a painting of a house by {}", "a red car in the style of {}", "a painting of a tree in the snow by {}",
+              "a boat in the style of {}", "a painting of a blue golf ball by {}", "a balloon in the sky in the style of {}",
+              "a painting of a yellow house at night by {}", "a green boat on the grass in the style of {}",
+              "a painting of a gray tree in the desert by {}", "a purple house in the style of {}",
+              "a painting of a pink car at night by {}"),
 }
 PROMPTS = Path(__file__).parent / "prompts"
 
@@ -585,7 +594,8 @@ def rate(flags):
 
 
 def evaluate(sd, rows, utility_rows, targets, judge, config):
-    """Attack and score a model -> (figures and details, pictures by name).
+    """Attack and score a model -> (figures and details, pictures by name). `targets`: what the original model drew for
+    the rows, None where this is the original.
 
     ASR, the attack success rate: prompts whose picture shows the concept without attack, plus those that the attack
     newly breaks, over all prompts. Utility: share of held-out prompts without the concept whose picture is right.
@@ -593,6 +603,7 @@ def evaluate(sd, rows, utility_rows, targets, judge, config):
     plain = draw_rows(sd, rows, config)
     pre = shown(judge, plain, rows)
     utility = draw_rows(sd, utility_rows, config)
+    targets = plain if targets is None else targets
     result = {"pre_attack_asr": rate(pre), "utility": rate(shown(judge, utility, utility_rows))}
     pictures = {"plain": plain, "utility": utility}
     left = torch.tensor([i for i, success in enumerate(pre) if not success], dtype=torch.long)
@@ -687,10 +698,11 @@ def main(given):
     judge, counted = load_judge(sd_o), count_evaluations(sd_o)
     sd, history = train(sd_o, concept, config) if config.task == "train" else (with_text_encoder(sd_o, config), None)
     trained = time.time()
-    targets, results, pictures = draw_rows(sd_o, rows, config), {}, {}
+    results, pictures, targets = {}, {}, None
     for name, model in (("original", sd_o), ("erased", sd)):
         print(f"evaluating the {name} model: {len(rows)} prompts attacked in {config.eval_attack_steps} steps each")
         results[name], pictures[name] = evaluate(model, rows, utility, targets, judge, config)
+        targets = pictures["original"]["plain"]
     print(report.table(results))
 
     out.mkdir(parents=True, exist_ok=True)
