@@ -120,7 +120,7 @@ class Config:
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
 # reach "a red church in the snow" by itself: hence the phrasings, steps twenty times as long, a stronger eta against the
 # one picture in ten that shows a church whatever the prompt says, and plain steps, without which the unattacked prompt
-# stays under-trained. Found on church and parachute.
+# stays under-trained. Found on church, seeds 0 and 1.
 TOY = dict(layers=0, steps=300, warmup=50, lr=2e-4, eta=2.5, erase_batch=8, phrasings=12, plain_share=0.3, retain_weight=0.3,
            retain_batch=8, attack_steps=6, attack_lr=0.007, prefix=3, trajectories=48, trajectory_steps=25, eval_prompts=24,
            eval_steps=20, eval_attack_steps=100, eval_looks=4)
