@@ -146,3 +146,16 @@ def test_command_line_end_to_end(tmp_path):
 def test_bad_input_gets_one_line(arguments, message):
     error = run(*arguments, ok=False).stderr.strip()
     assert message in error and error.count("\n") == 0
+
+
+def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(sd, tmp_path, capsys):
+    encoder = copy.deepcopy(sd.text_encoder)
+    encoder.config = {**encoder.config, "erased_from": au.sd_mini.fingerprint(sd.text_encoder)}
+    au.sd_mini.save_part(encoder, tmp_path, "text_encoder")
+    config = replace(SMALL, text_encoder=str(tmp_path))
+    au.with_text_encoder(sd, config)
+    assert capsys.readouterr().out == ""
+    tuned = replace(sd, text_encoder=copy.deepcopy(sd.text_encoder))
+    tuned.text_encoder.final_layer_norm.bias.add_(0.1)
+    au.with_text_encoder(tuned, config)
+    assert "has fine-tuned its own text encoder" in capsys.readouterr().out
