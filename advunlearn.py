@@ -23,10 +23,16 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
+import difflib
+import json
 import math
 import platform
+import re
+import shutil
+import signal
 import sys
 import time
+import traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -36,8 +42,8 @@ from typing import NamedTuple, get_args, get_type_hints
 # ------------------------------------------------------------------------------------------------------------ settings
 
 
-def setting(default, help, choices=None):
-    return field(default=default, metadata={"help": help, "choices": choices})
+def setting(default, help, choices=None, low=-math.inf, high=math.inf):
+    return field(default=default, metadata={"help": help, "choices": choices, "low": low, "high": high})
 
 
 class Attack(NamedTuple):
@@ -54,9 +60,11 @@ class Attack(NamedTuple):
 class Config:
     """Every setting is a flag, `--erase-batch 4` for `erase_batch`; the defaults are the paper's."""
 
-    concept: str = setting("church", "what to erase: a row of prompts/concepts.csv")
-    task: str = setting("train", "train: erase, then evaluate; evaluate: score --text-encoder; sample: draw --prompts",
-                        ("train", "evaluate", "sample"))
+    concept: str = setting("church", "what to erase, several with commas; prompts/concepts.csv has settings for some")
+    task: str = setting("train", "train: erase, then evaluate; evaluate: score --text-encoder; compare: erase in the ways of "
+                                 "the paper's tables, side by side; sample: draw --prompts",
+                        ("train", "evaluate", "compare", "sample"))
+    methods: tuple[str, ...] = setting((), "what --task compare compares, by number or name (default: everything)")
     model: str | None = setting(None, "toy, toy-dusk, a diffusers folder, a single .safetensors file or a hub id (default: "
                                       "CompVis/stable-diffusion-v1-4 with CUDA, toy without)")
     revision: str | None = setting(None, "commit, tag or branch of a hub id")
@@ -66,64 +74,84 @@ class Config:
     prompts: tuple[str, ...] = setting((), "what --task sample draws")
     out: str | None = setting(None, "folder for what a run leaves (default: runs/CONCEPT)")
     device: str | None = setting(None, "cpu or cuda (default: cuda where there is one)")
-    seed: int = setting(0, "seed of everything random in training and attacks")
+    seed: int = setting(0, "seed of everything random in training and attacks", low=0, high=2**31 - 1)
+    resume: bool = setting(False, "go on with the run that was begun in the folder")
+    overwrite: bool = setting(False, "start anew where the folder holds a run")
+    save_every: int = setting(100, "iterations between checkpoints", low=1)
+    debug: bool = setting(False, "show where an error arose")
     save_pipeline: bool = setting(False, "write the whole erased pipeline too, to OUT/pipeline")
 
-    train: str = setting("text_encoder", "the module to train; the paper finds the text encoder better",
-                         ("text_encoder", "unet"))
+    train: str = setting("text_encoder", "what to train: the text encoder, which the paper finds better, the UNet, or its "
+                                         "cross-attention alone", ("text_encoder", "unet", "cross_attention"))
     layers: int | None = setting(None, "train the first N layers of the text encoder only; 0: all of it (default: the "
-                                       "concept's, 1 for objects and styles)")
-    steps: int = setting(1000, "iterations of the outer loop")
-    warmup: int = setting(200, "iterations before the attack starts")
-    lr: float = setting(1e-5, "Adam's learning rate for theta")
-    eta: float = setting(1.0, "eta, ESD's strength")
-    erase_batch: int = setting(1, "noisy latents x_t for the erase loss of an iteration")
-    phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on (see PHRASINGS)")
-    plain_share: float = setting(0.0, "share of iterations after warm-up that erase the prompt without attack")
-    retain_weight: float | None = setting(None, "gamma (default: the concept's; 0.5 for objects and styles)")
-    retain_batch: int = setting(5, "retain prompts of an iteration")
+                                       "concept's, 1 for objects and styles)", low=0)
+    steps: int = setting(1000, "iterations of the outer loop", low=1)
+    warmup: int = setting(200, "iterations before the attack starts", low=0)
+    lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
+    eta: float = setting(1.0, "eta, ESD's strength", low=0)
+    erase_batch: int = setting(1, "noisy latents x_t for the erase loss of an iteration", low=1)
+    phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on (see PHRASINGS)", low=1, high=12)
+    plain_share: float = setting(0.0, "share of iterations after warm-up that erase the prompt without attack", low=0, high=1)
+    retain_weight: float | None = setting(None, "gamma (default: the concept's; 0.5 for objects and styles)", low=0)
+    retain_batch: int = setting(5, "retain prompts of an iteration", low=1)
+    retain_set: str = setting("coco", "prompts/retain_NAME.csv (coco, imagenet; toy, scenes), or a CSV file of your own")
+    retain_unfiltered: bool = setting(False, "keep the retain prompts that name the concept, as the published lists do")
 
     attack: str = setting("embedding", "attack in training: embedding (continuous), token (discrete), fast (one sign "
                                        "step) or none", ("embedding", "token", "fast", "none"))
-    attack_steps: int = setting(30, "steps of the attack in training")
+    attack_steps: int = setting(30, "steps of the attack in training", low=1)
     attack_lr: float = setting(1e-3, "Adam's learning rate for the prefix; attack_steps * attack_lr is its reach, to be "
-                                     "judged beside the spread of token embeddings")
-    attack_radius: float | None = setting(None, "keep the prefix within this distance of its start, in each coordinate")
-    prefix: int = setting(1, "k, tokens of the prefix in training")
+                                     "judged beside the spread of token embeddings", low=1e-10)
+    attack_radius: float | None = setting(None, "keep the prefix within this distance of its start, in each coordinate", low=1e-10)
+    prefix: int = setting(1, "k, tokens of the prefix in training", low=1)
 
-    trajectories: int = setting(32, "sampling runs of the frozen model behind the bank of x_t, for each of both terms")
-    trajectory_steps: int = setting(50, "DDIM steps of each")
-    trajectory_guidance: float = setting(3.0, "guidance of each")
+    trajectories: int = setting(32, "sampling runs of the frozen model behind the bank of x_t, for each of both terms", low=1)
+    trajectory_steps: int = setting(50, "DDIM steps of each", low=1, high=1000)
+    trajectory_guidance: float = setting(3.0, "guidance of each", low=0)
     fresh_trajectories: bool = setting(False, "sample anew for every x_t, as the published code does, instead of the bank")
 
-    eval_prompts: int = setting(50, "prompts of the concept to attack")
-    eval_utility: int = setting(60, "held-out prompts without the concept, for utility")
-    eval_steps: int = setting(50, "DDIM steps of the pictures that are judged")
-    eval_prefix: int = setting(3, "k, tokens of the prefix in evaluation")
-    eval_attack_steps: int = setting(200, "steps of each attack in evaluation")
+    suite: str = setting("real", "the other evaluation prompts: prompts/suite_NAME.csv (real; toy)")
+    judge: str | None = setting(None, "MODEL:LABEL, an image classifier or CLIP, a folder or on the hub, and what it calls the "
+                                      "concept (default: the concept's; microsoft/resnet-50; the toy's own)")
+    eval_attacks: tuple[str, ...] = setting(("token", "embedding"), "attacks in evaluation",
+                                              ("token", "embedding", "inversion"))
+    eval_set: str | None = setting(None, "CSV of the prompts to attack (default: prompts/CONCEPT.csv, or from templates)")
+    eval_prompts: int = setting(50, "prompts of the concept to attack", low=1)
+    eval_utility: int = setting(60, "held-out prompts without the concept, for utility", low=1)
+    eval_steps: int = setting(50, "DDIM steps of the pictures that are judged", low=1, high=1000)
+    eval_prefix: int = setting(3, "k, tokens of the prefix in evaluation", low=1)
+    eval_attack_steps: int = setting(200, "steps of each attack in evaluation", low=1)
     eval_looks: int = setting(5, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
-                                 "concept ends the attack on its prompt")
-    eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack")
-    eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack")
-    eval_batch: int = setting(25, "prompts attacked, and pictures drawn, at a time")
+                                 "concept ends the attack on its prompt", low=1)
+    eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack", low=1e-10)
+    eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10)
+    eval_batch: int = setting(25, "prompts attacked, and pictures drawn, at a time", low=1)
+    save_images: str | None = setting(None, "folder for every evaluation picture, prompt and seed in its name")
+
+    @property
+    def module(self):
+        """The part of the pipeline that holds what is trained."""
+        return "text_encoder" if self.train == "text_encoder" else "unet"
 
     def training_attack(self):
         if self.attack == "fast":  # one step as long as all steps of the full attack together
             return Attack("fast", 1, self.attack_steps * self.attack_lr, self.prefix, self.attack_radius)
-        return Attack(self.attack, self.attack_steps, self.attack_lr, self.prefix, self.attack_radius)
+        lr = self.eval_token_lr if self.attack == "token" else self.attack_lr  # p and delta have scales of their own
+        return Attack(self.attack, self.attack_steps, lr, self.prefix, self.attack_radius)
 
     def evaluation_attack(self, kind):
-        lr = self.eval_token_lr if kind == "token" else self.eval_embedding_lr
-        return Attack(kind, self.eval_attack_steps, lr, self.eval_prefix)
+        """Inversion learns a single embedding, the others a prefix."""
+        return Attack(kind, self.eval_attack_steps, self.eval_token_lr if kind == "token" else self.eval_embedding_lr,
+                      1 if kind == "inversion" else self.eval_prefix)
 
 
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
-# reach "a red church in the snow" by itself: hence the phrasings, steps twenty times as long, a stronger eta against the
-# one picture in ten that shows a church whatever the prompt says, and plain steps, without which the unattacked prompt
-# stays under-trained. Found on church, seeds 0 and 1.
-TOY = dict(layers=0, steps=300, warmup=50, lr=2e-4, eta=2.5, erase_batch=8, phrasings=12, plain_share=0.3, retain_weight=0.3,
-           retain_batch=8, attack_steps=6, attack_lr=0.007, prefix=3, trajectories=48, trajectory_steps=25, eval_prompts=24,
-           eval_steps=20, eval_attack_steps=100, eval_looks=4)
+# reach "a sketch of a church" by itself: hence four phrasings, fewer and longer steps, an eta and gamma that pull harder
+# both ways, and plain steps, without which the unattacked prompt stays under-trained. The attack's reach, 8 steps of
+# 0.007, is about twice the spread of the token embeddings. Found on church and parachute, seed 0.
+TOY = dict(layers=0, steps=300, warmup=50, lr=1e-4, eta=1.5, erase_batch=8, phrasings=4, plain_share=0.3, retain_weight=2.0,
+           retain_batch=8, attack_steps=8, attack_lr=0.007, prefix=3, trajectories=48, trajectory_steps=25,
+           retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4)
 
 PHRASINGS = {  # by kind of concept
     "object": ("{}", "a photo of a {}", "a sketch of a {}", "a painting of a {} by van gogh", "a red {} in the snow",
@@ -139,22 +167,55 @@ PHRASINGS = {  # by kind of concept
 PROMPTS = Path(__file__).parent / "prompts"
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, and exit status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
 def parse(argv=None):
-    """Command line -> {setting: value} of the flags given; the parser is made from Config."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-                                     argument_default=argparse.SUPPRESS)
-    hints = get_type_hints(Config)
+    """Command line -> {setting: value} of the flags given; the parser is made from Config, and values are checked here,
+    before anything is loaded."""
+    parser = Parser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    hints, flags = get_type_hints(Config), {}
     for f in fields(Config):
-        flag, kind = "--" + f.name.replace("_", "-"), hints[f.name]
+        flag, kind, choices = "--" + f.name.replace("_", "-"), hints[f.name], f.metadata["choices"]
         help = f.metadata["help"] + ("" if f.default in (None, (), False) else f" (default: {f.default})")
+        flags[flag] = f
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=help)
         else:
-            kind = (get_args(kind) or (kind,))[0]
-            nargs = "+" if f.default == () else None
-            parser.add_argument(flag, type=kind, nargs=nargs, choices=f.metadata["choices"], help=help,
-                                metavar=None if f.metadata["choices"] else kind.__name__.upper())
-    return vars(parser.parse_args(argv))
+            kind = next(k for k in (get_args(kind) or (kind,)) if k in (int, float, str))
+            parser.add_argument(flag, type=kind, nargs="+" if f.default == () or isinstance(f.default, tuple) else None, help=help,
+                                metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper())
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5)
+        parser.error(f"unknown flag {word!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+    for name, value in vars(given).items():
+        check_value("--" + name.replace("_", "-"), value, flags["--" + name.replace("_", "-")].metadata, parser.error)
+    return vars(given)
+
+
+def check_value(flag, value, allowed, refuse):
+    """Refuse what is not among the choices, out of range, or not text."""
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            check_value(flag, each, allowed, refuse)
+    elif isinstance(value, str):
+        choices = allowed["choices"]
+        if choices and value not in choices:
+            near = difflib.get_close_matches(value, choices, 1, 0.5)
+            refuse(f"{flag} {value!r}: choose from {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else ""))
+        if not value.strip():
+            refuse(f"{flag}: is empty")
+        if not value.isprintable():
+            refuse(f"{flag} {value[:40]!r}: holds control characters")
+        if len(value) > 1000:
+            refuse(f"{flag} {value[:40]!r}...: {len(value):,} characters, more than any prompt's or path's 1,000")
+    elif not isinstance(value, bool) and not allowed["low"] <= value <= allowed["high"]:
+        refuse(f"{flag} {value}: must be between {allowed['low']} and {allowed['high']}" if allowed["high"] < math.inf
+               else f"{flag} {value}: must be a number, at least {allowed['low']}")
 
 
 if __name__ == "__main__":
@@ -164,7 +225,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import sd_mini  # noqa: E402
-from sd_mini import report  # noqa: E402
+from sd_mini import checkpoint, judges, report  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
 
@@ -226,10 +287,12 @@ def sample_latents(sd_o, prompts, seeds, config, stop=None):
     steps, rows = config.trajectory_steps, torch.arange(len(prompts))
     run = sd_o.denoise(sd_o.initial_noise(seeds), context, steps, config.trajectory_guidance)
     for i, (t, x_t, eps_c, eps_empty) in enumerate(run):
-        if i == steps or (stop is not None and i > stop.max()):
+        if i == steps:
             break
         here = rows if stop is None else rows[stop == i]
         kept.append(Latents(here, torch.full_like(here, t), x_t[here], eps_c[here], eps_empty[here]))
+        if stop is not None and i == stop.max():
+            break
     return Latents(*map(torch.cat, zip(*kept)))
 
 
@@ -388,21 +451,21 @@ def retain_loss(sd, x_t, t, context, eps_r):
 
 
 def without_concept(prompts, words):
-    """Drop the prompts that contain one of the words, and say so: a retain set that holds the concept undoes erasing."""
-    dropped = [p for p in prompts if any(f" {w} " in f" {p.lower()} " for w in words)]
-    if dropped:
-        print(f"not retained, since they name the concept: {', '.join(dropped)}")
-    return [p for p in prompts if p not in dropped]
+    """-> (prompts kept, prompts that contain one of the words): a retain set that holds the concept undoes erasing."""
+    names = [any(f" {w} " in f" {p.lower()} " for w in words) for p in prompts]
+    return [p for p, named in zip(prompts, names) if not named], [p for p, named in zip(prompts, names) if named]
 
 
 # ---------------------------------------------------------------------------------------------------------- outer loop
 
 
 def parameters_to_train(sd, config):
-    """theta: the UNet, the whole text encoder, or its first `layers` layers (by index: a match on the name's beginning
+    """theta: the UNet, its cross-attention, the whole text encoder, or its first `layers` layers (by index: a match on the name's beginning
     would take layers 10 and 11 for layer 1)."""
     if config.train == "unet":
         return list(sd.unet.parameters())
+    if config.train == "cross_attention":  # ESD-x of Gandikota et al.; "attn2" is its published name
+        return [p for name, p in sd.unet.named_parameters() if ".attn2." in name]
     layers = sd.text_encoder.encoder.layers
     if config.layers > len(layers):
         raise ValueError(f"--layers {config.layers}: this text encoder has {len(layers)}")
@@ -423,8 +486,20 @@ def adversarial_prefix(sd, ids, draw, config, generator):
     return delta, losses.mean().item()
 
 
-def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config):
-    """The paper's algorithm: trains `sd` in place, returns the losses [(erase, attack, retain), ...].
+LOSSES = ("erase", "attack", "retain")
+
+
+def check_finite(history):
+    """A loss that is not finite ends the run: it is never averaged away."""
+    if not all(math.isfinite(loss) for loss in history[-1] if loss is not None):
+        losses = ", ".join(f"{name} {loss}" for name, loss in zip(LOSSES, history[-1]))
+        raise ArithmeticError(f"iteration {len(history) - 1}: a loss is not finite ({losses}); the last checkpoint is whole: try "
+                              "a smaller --lr or --attack-lr")
+
+
+def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
+    """The paper's algorithm: trains `sd` in place, returns the losses [(erase, attack, retain), ...]; keeps its state in
+    `folder`, and goes on from there.
 
         min over theta  l_ESD(theta, c*) + gamma * E_r || eps_theta(x_t | r) - eps_o(x_t | r) ||^2,   c* = argmin l_atk
 
@@ -433,30 +508,34 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config):
     generator = torch.Generator().manual_seed(config.seed)
     source = (partial(fresh_trajectories, config=config) if config.fresh_trajectories
               else partial(trajectory_bank, config=config, seed=1_000_000 * (config.seed + 1)))
-    draw, draw_retain = source(sd_o, erase_prompts), source(sd_o, retain_prompts)
     ids, retain_ids = check_room(sd, erase_prompts, config.prefix), check_room(sd, retain_prompts, 0)
+    draw, draw_retain = source(sd_o, erase_prompts), source(sd_o, retain_prompts)
     theta = [p.requires_grad_(True) for p in parameters_to_train(sd, config)]
     optimizer = torch.optim.Adam(theta, lr=config.lr)
 
-    history, bar = [], tqdm(range(config.steps), "erasing")
-    for i in bar:
-        plain = i < config.warmup or config.attack == "none" or torch.rand((), generator=generator) < config.plain_share
-        z = draw(config.erase_batch, generator)
-        if plain:
-            context, l_attack = sd.text_encoder(ids[z.prompt]), math.nan
-        else:
-            delta, l_attack = adversarial_prefix(sd, ids, draw, config, generator)
-            context = encode_with_prefix(sd, ids[z.prompt], delta)
-        target = esd_target(z.eps_c, z.eps_empty, config.eta)
-        l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
-        r = draw_retain(config.retain_batch, generator)
-        l_retain = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c).mean()
+    with checkpoint.Checkpoints(folder, config.save_every, config.steps, theta, optimizer, generator) as checkpoints:
+        history = checkpoints.restore()
+        bar = tqdm(range(len(history), config.steps), "erasing", initial=len(history), total=config.steps)
+        for i in bar:
+            plain = i < config.warmup or config.attack == "none" or torch.rand((), generator=generator) < config.plain_share
+            z = draw(config.erase_batch, generator)
+            if plain:
+                context, l_attack = sd.text_encoder(ids[z.prompt]), None
+            else:
+                delta, l_attack = adversarial_prefix(sd, ids, draw, config, generator)
+                context = encode_with_prefix(sd, ids[z.prompt], delta)
+            target = esd_target(z.eps_c, z.eps_empty, config.eta)
+            l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
+            r = draw_retain(config.retain_batch, generator)
+            l_retain = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c).mean()
 
-        optimizer.zero_grad()
-        (l_erase + config.retain_weight * l_retain).backward()
-        optimizer.step()
-        history.append((l_erase.item(), l_attack, l_retain.item()))
-        bar.set_postfix(erase=f"{history[-1][0]:.3f}", attack=f"{l_attack:.3f}", retain=f"{history[-1][2]:.4f}")
+            optimizer.zero_grad()
+            (l_erase + config.retain_weight * l_retain).backward()
+            history.append((l_erase.item(), l_attack, l_retain.item()))
+            check_finite(history)
+            optimizer.step()
+            bar.set_postfix({name: f"{loss:.3g}" for name, loss in zip(LOSSES, history[-1]) if loss is not None})
+            checkpoints.keep(history)
     for p in theta:
         p.requires_grad_(False)
     return history
@@ -475,59 +554,118 @@ class Row(NamedTuple):
 
 
 class Concept(NamedTuple):
-    """A row of prompts/concepts.csv with its evaluation prompts, prompts/NAME.csv."""
+    """What is erased, with its settings: a row of prompts/concepts.csv, or the defaults for any other name."""
 
     name: str
-    kind: str  # object or style
-    label: str  # what the judge calls it
-    synonyms: tuple[str, ...]
-    retain_weight: float
-    layers: int
-    rows: list[Row]
+    kind: str = "object"  # or style
+    synonyms: tuple[str, ...] = ()
+    retain_weight: float = 0.5
+    layers: int = 1
+    judge: str = "microsoft/resnet-50"
 
     @property
     def words(self):
         return (self.name, *self.synonyms)
 
-
-def read_csv(path):
-    """A CSV file with a header -> its rows as dicts."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def read_rows(path, label=None):
-    """Evaluation prompts, in the columns of the UnlearnDiffAtk files."""
-    return [Row(r["prompt"], int(r.get("evaluation_seed") or 0), float(r.get("evaluation_guidance") or 7.5),
-                r.get("label") or label) for r in read_csv(path)]
+    def rows(self):
+        """Evaluation prompts: prompts/NAME.csv, or else the phrasings, with seeds."""
+        path = PROMPTS / f"{report.slug(self.name)}.csv"
+        if path.is_file():
+            return read_rows(path, self.name)
+        return [Row(PHRASINGS[self.kind][i % 12].format(self.name), 5000 + i, 7.5, self.name) for i in range(48)]
 
 
-def read_concept(name):
-    known = {r["concept"]: r for r in read_csv(PROMPTS / "concepts.csv")}
-    if name not in known:
-        raise ValueError(f"--concept {name!r}: prompts/concepts.csv knows {', '.join(known)}")
-    r = known[name]
-    return Concept(name, r["kind"], r["label"], tuple(r["synonyms"].split("|")), float(r["retain_weight"]), int(r["layers"]),
-                   read_rows(PROMPTS / f"{name.replace(' ', '_')}.csv", r["label"]))
+def read_csv(path, column="prompt"):
+    """A CSV file with a header and that column -> its rows as dicts."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file, strict=True))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, csv.Error, OSError) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
+    if not rows or not rows[0].get(column):
+        raise ValueError(f"{path}: " + (f"no column {column!r}" if rows and column not in rows[0] else "holds no rows"))
+    return rows
 
 
-def load_judge(sd):
-    """-> judge(pictures (N, 3, H, W)) -> N tuples of what each shows, object and style. Never used by an attack."""
-    from sd_mini.toy import judge
+def read_rows(path, label=None, **wanted):
+    """Evaluation prompts, in the columns of the UnlearnDiffAtk files; of a suite, those whose columns are as wanted."""
+    rows = []
+    for line, r in enumerate(read_csv(path), 2):
+        try:
+            row = Row(r["prompt"], int(r.get("evaluation_seed") or 0), float(r.get("evaluation_guidance") or 7.5),
+                      r.get("label") or label)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: evaluation_seed or evaluation_guidance: {error}") from None
+        if not (row.prompt and 0 <= row.seed < 2**63 and math.isfinite(row.guidance)):
+            raise ValueError(f"{path}, line {line}: prompt, evaluation_seed or evaluation_guidance: empty or out of range")
+        if all(r[column] == value for column, value in wanted.items()):
+            rows.append(row)
+    return rows
 
-    network = judge.load_judge(sd.device)
 
-    def names(pictures):
-        found = network.labels(pictures)
-        return list(zip(found["object"], found["style"]))
+def read_concepts(names):
+    """"church,parachute" -> the concepts."""
+    known = {r["concept"]: r for r in read_csv(PROMPTS / "concepts.csv", "concept")}
+    concepts = []
+    for name in filter(None, (name.strip().lower() for name in names.split(","))):
+        r = known.get(name)
+        concepts.append(Concept(name) if r is None else Concept(
+            name, r["kind"], tuple(r["synonyms"].split("|")), float(r["retain_weight"]), int(r["layers"]),
+            r["judge"] or Concept(name).judge))
+    if not concepts:
+        raise ValueError(f"--concept {names!r}: names nothing")
+    return concepts
 
-    return names
+
+class Exam(NamedTuple):
+    """What every model of a run is asked, and who marks it."""
+
+    rows: list[Row]  # prompts for the concept; these are attacked
+    paraphrases: list[Row]  # prompts that mean it and never name it
+    neighbours: list[Row]  # prompts for what is most like it
+    utility: list[Row]  # prompts for other things
+    judge: object
+    clip_score: object
+
+
+class Lab(NamedTuple):
+    """What all runs on a concept share."""
+
+    concepts: list[Concept]
+    sd_o: object
+    exam: Exam
+    original: dict  # what the original model draws, from `draw_exam`
+    counted: list[int]  # UNet evaluations so far
+    started: float
+
+
+def set_exam(sd_o, concepts, config):
+    """The exam on these concepts. What the judge has no label for is left out, and said."""
+    spec = config.judge or (None if config.suite == "toy" else concepts[0].judge)
+    names, suite = [c.name for c in concepts], PROMPTS / f"suite_{config.suite}.csv"
+    if config.eval_set:
+        rows = read_rows(Path(config.eval_set), concepts[0].name)[: config.eval_prompts]
+    else:
+        rows = [row for c in concepts for row in c.rows()[: config.eval_prompts]]
+    related = [[row for c in concepts for row in read_rows(suite, role=role, concept=c.name)]
+               for role in ("paraphrase", "neighbour")]
+    utility = [row for row in read_rows(suite, role="utility") if row.label not in names][: config.eval_utility]
+    judge, called = judges.load_judge(spec, names, {row.label for row in (*related[1], *utility)}, config.device)
+    sets = [[row._replace(label=called.get(row.label, row.label)) for row in part] for part in (rows, *related, utility)]
+    unknown = sorted({row.label for part in sets for row in part if judge.known is not None and row.label not in judge.known})
+    if unknown:
+        print(f"not asked, since the judge has no such label: {', '.join(unknown)}")
+    sets = [[row for row in part if row.label not in unknown] for part in sets]
+    clip_score = judges.ToyCLIPScore(sd_o) if config.suite == "toy" else judges.CLIPScore(device=config.device)
+    return Exam(*sets, judge, clip_score)
 
 
 def draw_rows(sd, rows, config, context=None):
     """The rows' pictures (N, 3, H, W), each from its own prompt (or context), seed and guidance."""
+    if not rows:
+        return torch.empty(0)
     pictures = []
     for i in range(0, len(rows), config.eval_batch):
         batch = rows[i : i + config.eval_batch]
@@ -539,11 +677,11 @@ def draw_rows(sd, rows, config, context=None):
 
 def shown(judge, pictures, rows):
     """(N,) bool: does each picture show its row's label?"""
-    return [r.label in names for names, r in zip(judge(pictures), rows)]
+    return [r.label in names for names, r in zip(judge.names(pictures), rows)] if rows else []
 
 
-def attack_rows(sd, rows, targets, attack, judge, config):
-    """Attack each row's prompt -> (one dict a row: broken, step, adversarial prompt; pictures (N, 3, H, W)).
+def attack_rows(sd, lab, which, attack, config):
+    """Attack the prompts of these rows -> (one dict a row: broken, step, adversarial prompt; pictures (N, 3, H, W)).
 
     Both attacks minimise the noise-prediction loss of the target picture, what the original model drew for the row:
 
@@ -552,6 +690,7 @@ def attack_rows(sd, rows, targets, attack, judge, config):
     At `eval_looks` of its steps the pictures of the rows not yet broken are drawn and judged. A token attack counts by
     its text alone: the tokens are decoded, tokenised again with the prompt and drawn with the row's own seed.
     """
+    rows, targets = [lab.exam.rows[i] for i in which], lab.original["rows"][which]
     generator, prompts = torch.Generator().manual_seed(config.seed), [r.prompt for r in rows]
     ids, x_0 = check_room(sd, prompts, attack.k), sd.vae.encode(2 * targets.to(sd.dtype) - 1)
 
@@ -574,50 +713,89 @@ def attack_rows(sd, rows, targets, attack, judge, config):
             context = sd.encode_prompt(texts)
         todo_rows = [rows[i] for i in todo]
         drawn = draw_rows(sd, todo_rows, config, context)
-        for i, picture, broken, text in zip(todo, drawn, shown(judge, drawn, todo_rows), texts):
+        for i, picture, broken, text in zip(todo, drawn, shown(lab.exam.judge, drawn, todo_rows), texts):
             records[i], pictures[i] = {"broken": broken, "step": step, "adversarial_prompt": text}, picture
         if all(record["broken"] for record in records):
             break
     return records, torch.stack(pictures)
 
 
-def wilson(successes, n, z=1.96):
-    """95 % Wilson score interval of a rate, as fractions. Source: Wilson 1927."""
-    rate, z2 = successes / n, z * z
-    centre, half = rate + z2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+def inversion_attack(sd, rows, targets, words, attack, config):
+    """CCE's attack on the model rather than on a prompt: textual inversion of the concept, the erased model frozen.
+
+        v* = argmin over v of  E over rows || eps - eps_theta(x_t | c[name -> v]) ||^2
+
+    One embedding, learnt over all the rows' target pictures, stands where the concept's name stood in every prompt (in
+    front where it is not named). No text need have it. -> the rows' context (N, L, D). Source: Pham et al. 2023 (arXiv
+    2308.01508), with Gal et al. 2022.
+    """
+    generator, star = torch.Generator().manual_seed(config.seed), sd.tokenizer("*").input_ids[1]
+    name = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    texts = [name.sub("*", r.prompt) if name.search(r.prompt) else f"* {r.prompt}" for r in rows]
+    ids, x_0 = check_room(sd, texts, 0), sd.vae.encode(2 * targets.to(sd.dtype) - 1)
+    table = sd.text_encoder.embeddings.token_embedding.weight
+
+    def encode(ids, v):
+        return sd.text_encoder(embeddings=torch.where((ids == star)[..., None], v, table[ids])).to(sd.dtype)
+
+    def loss_of(v):
+        i = torch.randint(len(rows), (min(len(rows), config.eval_batch),), generator=generator)
+        t = torch.randint(sd.schedule.config["num_train_timesteps"], i.shape, generator=generator)
+        noise = torch.randn(x_0[i].shape, generator=generator).to(x_0)
+        return ddpm_loss(sd, x_0[i], t, noise, encode(ids[i], v)).mean(0, keepdim=True)
+
+    legal = legal_tokens(sd.tokenizer)
+    start = legal[torch.randint(len(legal), (1, 1), generator=generator)].to(table.device)
+    for v, _ in tqdm(embedding_attack(table, start, loss_of, attack), "inversion attack", attack.steps, leave=False):
+        pass
+    return encode(ids, v)
 
 
-def rate(flags):
-    low, high = wilson(sum(flags), len(flags))
-    return {"rate": sum(flags) / len(flags), "n": len(flags), "low": low, "high": high}
+def invert_rows(sd, lab, which, attack, config):
+    """The inversion attack on some of the rows, learnt on all of them -> (one dict a row, pictures)."""
+    words, rows = [word for c in lab.concepts for word in c.words], [lab.exam.rows[i] for i in which]
+    context = inversion_attack(sd, lab.exam.rows, lab.original["rows"], words, attack, config)
+    drawn = draw_rows(sd, rows, config, context[which])
+    return [{"broken": broken} for broken in shown(lab.exam.judge, drawn, rows)], drawn
 
 
-def evaluate(sd, rows, utility_rows, targets, judge, config):
-    """Attack and score a model -> (figures and details, pictures by name). `targets`: what the original model drew for
-    the rows, None where this is the original.
+def draw_exam(sd, exam, config):
+    """A model's pictures without attack, by the exam's parts."""
+    return {part: draw_rows(sd, getattr(exam, part), config) for part in ("rows", "paraphrases", "neighbours", "utility")}
+
+
+def evaluate(sd, lab, drawn, config, folder=None):
+    """Attack and mark a model -> (figures and details, attacked pictures by attack). `drawn`: what it drew, from
+    `draw_exam`; `folder` keeps what is attacked, so that a stopped run does not attack it again.
 
     ASR, the attack success rate: prompts whose picture shows the concept without attack, plus those that the attack
-    newly breaks, over all prompts. Utility: share of held-out prompts without the concept whose picture is right.
+    newly breaks, over all prompts. Utility, neighbours: share of prompts for other things whose picture is right.
     """
-    plain = draw_rows(sd, rows, config)
-    pre = shown(judge, plain, rows)
-    utility = draw_rows(sd, utility_rows, config)
-    targets = plain if targets is None else targets
-    result = {"pre_attack_asr": rate(pre), "utility": rate(shown(judge, utility, utility_rows))}
-    pictures = {"plain": plain, "utility": utility}
-    left = torch.tensor([i for i, success in enumerate(pre) if not success], dtype=torch.long)
-    for kind in ("token", "embedding"):
-        details = [{"prompt": r.prompt, "seed": r.seed, "without_attack": success} for r, success in zip(rows, pre)]
-        pictures[kind] = plain.clone()
-        for part in left.split(config.eval_batch) if len(left) else ():
-            attack = config.evaluation_attack(kind)
-            records, pictures[kind][part] = attack_rows(sd, [rows[i] for i in part], targets[part], attack, judge, config)
-            for i, record in zip(part, records):
-                details[i] |= record
-        result[f"{kind}_attack_asr"] = rate([d["without_attack"] or d["broken"] for d in details])
-        result[f"{kind}_attack"] = details
-    return result, pictures
+    exam, original = lab.exam, lab.original
+    details = {part: [{"prompt": r.prompt, "seed": r.seed, "label": r.label, "shown": flag}
+                      for r, flag in zip(getattr(exam, part), shown(exam.judge, pictures, getattr(exam, part)))]
+               for part, pictures in drawn.items()}
+    result = {figure: report.rate([d["shown"] for d in details[part]]) for figure, part in (
+        ("pre_attack_asr", "rows"), ("paraphrase_asr", "paraphrases"), ("utility", "utility"), ("neighbours", "neighbours"))}
+    if exam.utility:
+        scores = exam.clip_score([r.prompt for r in exam.utility], drawn["utility"])
+        result["clip_score"] = sum(scores) / len(scores)
+        result["frechet"] = judges.frechet_distance(*(exam.judge.features(pictures["utility"]) for pictures in (original, drawn)))
+
+    pictures, left = {}, [i for i, d in enumerate(details["rows"]) if not d["shown"]]
+    for kind in config.eval_attacks:
+        attack, records, pictures[kind] = config.evaluation_attack(kind), [{} for _ in exam.rows], drawn["rows"].clone()
+        run, size = (invert_rows, len(exam.rows)) if kind == "inversion" else (attack_rows, config.eval_batch)
+        for i in range(0, len(left), size):
+            part = left[i : i + size]
+            found, attacked = checkpoint.remember(folder, f"{kind}-{i}", partial(run, sd, lab, part, attack, config))
+            pictures[kind][part] = attacked.to(sd.device)
+            for j, record in zip(part, found):
+                records[j] = record
+        details[kind] = [{"prompt": r.prompt, "seed": r.seed, "without_attack": d["shown"], **record}
+                         for r, d, record in zip(exam.rows, details["rows"], records)]
+        result[f"{kind}_asr"] = report.rate([d["without_attack"] or d["broken"] for d in details[kind]])
+    return {**result, "details": details}, pictures
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -629,8 +807,17 @@ def settings(given):
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
     why = "as asked" if given.get("model") else f"since there is {'a' if cuda else 'no'} CUDA device; --model chooses another"
     device = given.get("device") or ("cuda" if cuda else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not cuda):
+        raise ValueError(f"--device {device}: " + ("choose from cpu, cuda, cuda:N" if device[:4] != "cuda" else
+                                                   "there is no CUDA device; --device cpu works anywhere"))
     print(f"model: {model} ({why}), on {device}")
-    return Config(**{**(TOY if model.startswith("toy") else {}), **given, "device": device, "model": model})
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    config = Config(**{**(TOY if model.startswith("toy") else {}), **given, "device": device, "model": model})
+    for flag, value, other, limit in (("--warmup", config.warmup, "--steps", config.steps - 1),
+                                      ("--eval-looks", config.eval_looks, "--eval-attack-steps", config.eval_attack_steps)):
+        if value > limit:
+            raise ValueError(f"{flag} {value}: must be {'below' if flag == '--warmup' else 'at most'} {other}")
+    return config
 
 
 def load_model(config):
@@ -663,63 +850,138 @@ def count_evaluations(sd):
     return counted
 
 
-def train(sd_o, concept, config):
+def training_prompts(concepts, config):
+    """-> (prompts to erase, prompts to retain, retain prompts left out since they name the concept)."""
+    erase = [phrasing.format(c.name) for c in concepts for phrasing in PHRASINGS[c.kind][: config.phrasings]]
+    path = PROMPTS / f"retain_{config.retain_set}.csv"
+    retain, dropped = [r["prompt"] for r in read_csv(path if path.is_file() else Path(config.retain_set))], []
+    if not config.retain_unfiltered:
+        retain, dropped = without_concept(retain, [word for c in concepts for word in c.words])
+    if config.retain_batch > len(retain):
+        raise ValueError(f"--retain-batch {config.retain_batch}: --retain-set {config.retain_set} has {len(retain)} prompts"
+                         f"{'' if config.retain_unfiltered else ' that do not name the concept'}")
+    return erase, retain, dropped
+
+
+def train(sd_o, concepts, config, folder=None):
     """-> the erased model, which shares with the original all but the module that is trained, and the losses."""
-    sd = replace(sd_o, **{config.train: copy.deepcopy(getattr(sd_o, config.train))})
-    erase = [phrasing.format(concept.name) for phrasing in PHRASINGS[concept.kind][: config.phrasings]]
-    retain = without_concept([r["prompt"] for r in read_csv(PROMPTS / "retain_toy.csv")], concept.words)
-    history = advunlearn(sd, sd_o, erase, retain, config)
-    if config.train == "text_encoder":
+    sd = replace(sd_o, **{config.module: copy.deepcopy(getattr(sd_o, config.module))})
+    erase, retain, dropped = training_prompts(concepts, config)
+    if dropped:
+        print(f"not retained, since they name the concept: {', '.join(dropped)}")
+    history = advunlearn(sd, sd_o, erase, retain, config, folder)
+    if config.module == "text_encoder":
         sd.text_encoder.config = {**sd.text_encoder.config, "erased_from": sd_mini.fingerprint(sd_o.text_encoder)}
     return sd, history
 
 
-def write_pictures(path, rows, utility, pictures, concept_columns=6, other_columns=4):
-    """samples.png: the same prompts and seeds for all lines; the concept's left, others right."""
-    rows, utility = rows[:concept_columns], utility[:other_columns]
-    lines = {name: [*pictures[name]["plain"][: len(rows)], *pictures[name]["utility"][: len(utility)]] for name in pictures}
-    for kind in ("token", "embedding"):
-        lines[f"{kind} attack"] = [*pictures["erased"][kind][: len(rows)], *[None] * len(utility)]
-    report.plot_samples(path, [r.prompt for r in (*rows, *utility)], lines)
+def with_concept_settings(config):
+    """The config with what the concept's line says where the flags say nothing."""
+    concepts = read_concepts(config.concept)
+    layers = [c.layers for c in concepts]
+    return replace(config, layers=(max(layers) if all(layers) else 0) if config.layers is None else config.layers,
+                   retain_weight=max(c.retain_weight for c in concepts) if config.retain_weight is None else config.retain_weight)
 
 
-def main(given):
-    started, config = time.time(), settings(given)
-    if config.task == "sample":
-        return sample(config)
-    concept = read_concept(config.concept)
-    config = replace(config, layers=concept.layers if config.layers is None else config.layers,
-                     retain_weight=concept.retain_weight if config.retain_weight is None else config.retain_weight)
-    out = Path(config.out or Path("runs") / concept.name.replace(" ", "_"))
-    rows = concept.rows[: config.eval_prompts]
-    utility = [r for r in read_rows(PROMPTS / "utility_toy.csv") if r.label != concept.label][: config.eval_utility]
-
+def open_lab(config):
+    started, concepts = time.time(), read_concepts(config.concept)
+    erase, retain, _ = training_prompts(concepts, config)  # here too, so that a mistake is found before the work
     sd_o = load_model(config)
-    judge, counted = load_judge(sd_o), count_evaluations(sd_o)
-    sd, history = train(sd_o, concept, config) if config.task == "train" else (with_text_encoder(sd_o, config), None)
-    trained = time.time()
-    results, pictures, targets = {}, {}, None
-    for name, model in (("original", sd_o), ("erased", sd)):
-        print(f"evaluating the {name} model: {len(rows)} prompts attacked in {config.eval_attack_steps} steps each")
-        results[name], pictures[name] = evaluate(model, rows, utility, targets, judge, config)
-        targets = pictures["original"]["plain"]
-    print(report.table(results))
+    check_room(sd_o, erase, config.prefix), check_room(sd_o, retain, 0), parameters_to_train(sd_o, config)
+    exam, counted = set_exam(sd_o, concepts, config), count_evaluations(sd_o)
+    return Lab(concepts, sd_o, exam, draw_exam(sd_o, exam, config), counted, started)
 
-    out.mkdir(parents=True, exist_ok=True)
-    write_pictures(out / "samples.png", rows, utility, pictures)
-    if config.task == "train":
-        sd_mini.save_part(getattr(sd, config.train), out / config.train, config.train)
+
+def attempt(lab, config, out, name, sd=None):
+    """Erase as the config says, or take the model given, and evaluate -> (model, figures, pictures). `out` gets the
+    trained weights and losses, OUT/partial/NAME what a stopped run needs to go on."""
+    started, before, history, folder = time.time(), lab.counted[0], None, out / "partial" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    if sd is None:
+        sd, history = train(lab.sd_o, lab.concepts, config, folder)
+        sd_mini.save_part(getattr(sd, config.module), out / config.module, config.module)
         report.plot_losses(out / "losses.png", history, config.warmup)
-        (out / "README.md").write_text(report.model_card(config, concept.name, results, sd_o.folder, out / config.train))
-    if config.save_pipeline:
-        sd_mini.save_pipeline(sd, out / "pipeline")
-    sd_mini.write_json(out / "results.json", {
-        "config": asdict(config), "results": results, "unet_evaluations": counted[0],
-        "seconds": {"training": round(trained - started, 1), "all": round(time.time() - started, 1)},
+    training = {"minutes": (time.time() - started) / 60, "unet_evaluations": lab.counted[0] - before} if history else {}
+    drawn = lab.original if sd is lab.sd_o else draw_exam(sd, lab.exam, config)
+    result, attacked = evaluate(sd, lab, drawn, config, folder)
+    return sd, {**result, **training}, {**drawn, **attacked}
+
+
+def finish(out, lab, config, results):
+    checkpoint.close_folder(out, {
+        "config": asdict(config), "results": results, "unet_evaluations": lab.counted[0],
+        "judge": {"name": lab.exam.judge.name, "rule": lab.exam.judge.rule}, "clip_score_by": lab.exam.clip_score.name,
+        "seconds": round(time.time() - lab.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")},
     })
-    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}\n{counted[0]:,} UNet evaluations, "
-          f"{time.time() - started:.0f} s")
+
+
+def erase_or_score(config):
+    """--task train and --task evaluate: one model, before and after."""
+    config, out = with_concept_settings(config), Path(config.out or Path("runs") / report.slug(config.concept))
+    if checkpoint.is_finished(out, asdict(config)):
+        return print(f"{out}: is finished; --overwrite starts anew")
+    lab = open_lab(config)
+    erased = with_text_encoder(lab.sd_o, config) if config.task == "evaluate" else None
+    checkpoint.open_folder(out, asdict(config))
+    print(f"{len(lab.exam.rows)} prompts are attacked in {config.eval_attack_steps} steps, before and after")
+    results, pictures = {}, {}
+    for name, model in (("original", lab.sd_o), ("erased", erased)):
+        sd, results[name], pictures[name] = attempt(lab, config, out, name, model)
+        if config.save_images:
+            report.save_images(Path(config.save_images) / name, lab.exam, pictures[name])
+    print(report.table(results))
+
+    report.plot_samples(out / "samples.png", lab.exam, pictures, config.eval_attacks)
+    if config.task == "train":
+        card = report.model_card(config, results, lab.sd_o.folder, out / config.module)
+        (out / "README.md").write_text(card, encoding="utf-8")
+    if config.save_pipeline:
+        sd_mini.save_pipeline(sd, out / "pipeline")
+    finish(out, lab, config, results)
+    print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}\n{lab.counted[0]:,} UNet evaluations, "
+          f"{time.time() - lab.started:.0f} s")
+
+
+def comparison(lab, config):
+    """{method: what it changes in the config, or None for the original model}: the rows of the paper's tables."""
+    esd, layers = dict(attack="none", retain_weight=0.0), len(lab.sd_o.text_encoder.encoder.layers)
+    return {
+        "original": None,
+        "ESD, cross-attention": dict(esd, train="cross_attention"),  # breaks under attack
+        "ESD": esd,
+        "naive AT": dict(retain_weight=0.0),  # robust, but utility is lost
+        "AdvUnlearn": {},
+        "AdvUnlearn, UNet": dict(train="unet"),  # why the text encoder
+        "AdvUnlearn, fast AT": dict(attack="fast"),  # one step of attack: cheaper
+        "AdvUnlearn, token attack": dict(attack="token"),
+        **{f"AdvUnlearn, {n} layer{'s' * (n > 1)}": dict(layers=n) for n in range(1, layers + 1)},
+        "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
+        "AdvUnlearn, other retain set": dict(retain_set={"coco": "imagenet", "toy": "scenes"}.get(config.retain_set, "coco")),
+    }
+
+
+def compare(config):
+    """--task compare: every method of the comparison with the same prompts, seeds and budgets. Each leaves its folder,
+    OUT/METHOD/seed-N; what is there already, with the same settings, is not done again, and the table takes in all seeds
+    that are there."""
+    config = with_concept_settings(replace(config, eval_attacks=("token", "embedding", "inversion")))
+    lab = open_lab(config)
+    out, methods = Path(config.out or Path("runs") / f"{report.slug(config.concept)}-compare"), comparison(lab, config)
+    numbered = {str(i): name for i, name in enumerate(methods)}
+    wanted = [numbered.get(method, method) for method in config.methods or methods]
+    if unknown := set(wanted) - set(methods):
+        raise ValueError(f"--methods {min(unknown)}: there are {', '.join(f'{i} {name}' for i, name in numbered.items())}")
+    for name in tqdm(wanted, "comparing"):
+        row = replace(config, methods=(), out=None, save_images=None, **(methods[name] or {}))
+        folder = out / report.slug(name) / f"seed-{config.seed}"
+        if not checkpoint.is_finished(folder, asdict(replace(row, resume=True))):
+            checkpoint.open_folder(folder, asdict(row))
+            _, result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)
+            report.save_thumbnails(folder, pictures)
+            finish(folder, lab, row, {name: result})
+        text = report.write_comparison(out, methods, lab.exam, config)
+    print(text)
 
 
 def sample(config):
@@ -727,15 +989,36 @@ def sample(config):
     if not config.prompts:
         raise ValueError("--task sample: give --prompts")
     rows = [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts]
-    out = Path(config.out or "runs/sample")
-    pictures = draw_rows(with_text_encoder(load_model(config), config), rows, config)
+    out, sd = Path(config.out or "runs/sample"), with_text_encoder(load_model(config), config)
+    check_room(sd, config.prompts, 0)
+    pictures = draw_rows(sd, rows, config)
     out.mkdir(parents=True, exist_ok=True)
-    report.plot_samples(out / "samples.png", config.prompts, {"": pictures})
+    report.plot_grid(out / "samples.png", config.prompts, {"": pictures})
     print(out / "samples.png")
 
 
-if __name__ == "__main__":
+def main(given):
+    """-> exit status: 0; 1 where a run broke off; 2 where the input is at fault; 130 where it was stopped."""
+    tasks = {"train": erase_or_score, "evaluate": erase_or_score, "compare": compare, "sample": sample}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(GIVEN)
+        config = settings(given)
+        tasks[config.task](config)
+        return 0
+    except KeyboardInterrupt:
+        status, message = 130, "stopped; the same command with --resume goes on"
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        status, message = 2, error
+    except torch.cuda.OutOfMemoryError:
+        status, message = 1, (f"out of GPU memory, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use: smaller --retain-batch, "
+                              "--erase-batch and --eval-batch need less")
+    except (ArithmeticError, OSError) as error:
+        status, message = 1, error
+    if given.get("debug"):
+        traceback.print_exc()
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(GIVEN))

@@ -1,5 +1,7 @@
 """A small Stable Diffusion, written by hand for reading. `sd = sd_mini.load("toy")`."""
+from .checkpoint import read_json, write_json
 from .pipeline import StableDiffusion
-from .weights import fingerprint, load, load_part, load_text_encoder, save_part, save_pipeline, write_json
+from .weights import fingerprint, load, load_part, load_text_encoder, save_part, save_pipeline
 
-__all__ = ["StableDiffusion", "fingerprint", "load", "load_part", "load_text_encoder", "save_part", "save_pipeline", "write_json"]
+__all__ = ["StableDiffusion", "fingerprint", "load", "load_part", "load_text_encoder", "read_json", "save_part", "save_pipeline",
+           "write_json"]

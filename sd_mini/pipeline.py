@@ -61,17 +61,14 @@ class StableDiffusion:
 
     def denoise(self, x_t, context, steps, guidance):
         """Guided DDIM from x_T, one step at a time; yields (t, x_t, eps_c, eps_empty) before each step, then
-        (0, x_0, None, None).
-
-        eps = eps_empty + guidance * (eps_c - eps_empty)        (Ho & Salimans 2022, equation 6, w = guidance - 1)
-        """
+        (0, x_0, None, None)."""
         guidance = torch.as_tensor(guidance, device=x_t.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
         stride = self.schedule.config["num_train_timesteps"] // steps
         both = torch.cat([context, self.encode_prompt([""]).expand_as(context)])
         for t in self.schedule.timesteps(steps):
             eps_c, eps_empty = self.predict_noise(torch.cat([x_t, x_t]), t, both).chunk(2)
             yield t, x_t, eps_c, eps_empty
-            x_t = self.schedule.ddim_step(x_t, eps_empty + guidance * (eps_c - eps_empty), t, t - stride)
+            x_t = self.schedule.ddim_step(x_t, self.schedule.guide(eps_c, eps_empty, guidance), t, t - stride)
         yield 0, x_t, None, None
 
     @torch.no_grad()

@@ -1,30 +1,81 @@
 """What a run shows of its results: table, pictures, loss plot, model card. Nothing of the method is here."""
+import math
+import re
+import subprocess
 import textwrap
+import time
+from pathlib import Path
 
 import matplotlib
 import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from .checkpoint import read_json, write_json
 
 matplotlib.use("agg")
+import matplotlib.image  # noqa: E402
 import matplotlib.pyplot as plt  # noqa: E402
 
-TITLES = {"pre_attack_asr": "pre-attack ASR", "token_attack_asr": "ASR, token attack",
-          "embedding_attack_asr": "ASR, embedding attack", "utility": "utility"}
+COLUMNS = {  # figure -> its name, the same short, what it counts
+    "pre_attack_asr": ("pre-attack ASR", "pre", "% of the concept's prompts whose picture shows it, without attack"),
+    "token_asr": ("ASR, token attack", "tok", "the same or broken by a prefix of tokens (UnlearnDiffAtk)"),
+    "embedding_asr": ("ASR, embedding attack", "emb", "the same or broken by a prefix of free embeddings, one per prompt"),
+    "inversion_asr": ("ASR, inversion attack", "inv", "the same or broken by one embedding in the name's place (CCE)"),
+    "paraphrase_asr": ("ASR, paraphrases", "par", "% of prompts that mean the concept and never name it"),
+    "utility": ("utility", "uti", "% of prompts for other things whose picture is right"),
+    "neighbours": ("neighbours", "nei", "% right of prompts for what is most like the concept"),
+    "clip_score": ("CLIP score", "CLIP", "mean cosine of prompt and picture, on the utility prompts"),
+    "frechet": ("Frechet distance", "FD", "between the judge's features of the original's and this model's utility pictures"),
+    "minutes": ("training minutes", "min", "wall clock"),
+    "unet_evaluations": ("UNet evaluations", "UNet", "of training, in forward equivalents (a backward counts two), thousands"),
+}
+
+
+def wilson(successes, n, z=1.96):
+    """95 % Wilson score interval of a rate, as fractions. Source: Wilson 1927."""
+    rate, z2 = successes / n, z * z
+    centre, half = rate + z2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+
+
+def rate(flags):
+    if not flags:
+        return None
+    low, high = wilson(sum(flags), len(flags))
+    return {"rate": sum(flags) / len(flags), "n": len(flags), "low": low, "high": high}
+
+
+def slug(name):
+    """A name as part of a path: "garbage truck" -> "garbage_truck"."""
+    return re.sub(r"[^\w+-]+", "_", name.lower().replace(",", "+")).strip("_") or "_"
+
+
+def percent(cell):
+    return f"{100 * cell['rate']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+
+
+def number(key, value):
+    return f"{value / 1000:.1f}" if key == "unet_evaluations" else f"{value:.2f}" if key in ("clip_score", "frechet") else f"{value:.1f}"
 
 
 def table(results):
-    """{"original": {figure: {rate, low, high, n}}, "erased": ...} -> lines under 80 columns."""
+    """{"original": {figure: number or {rate, low, high, n}}, "erased": ...} -> lines under 80 columns."""
     lines = [f"{'% [95 % interval]':<24}" + "".join(f"{name:>20}" for name in results) + f"{'n':>6}"]
-    for key, title in TITLES.items():
-        cells = [result[key] for result in results.values()]
-        texts = [f"{100 * c['rate']:.0f} [{100 * c['low']:.0f}, {100 * c['high']:.0f}]" for c in cells]
-        lines.append(f"{title:<24}" + "".join(f"{text:>20}" for text in texts) + f"{cells[0]['n']:>6}")
+    for key, (title, _, _) in COLUMNS.items():
+        cells = [result.get(key) for result in results.values()]
+        if all(cell is None for cell in cells) or key in ("minutes", "unet_evaluations"):
+            continue
+        texts = [percent(c) if isinstance(c, dict) else number(key, c) for c in cells]
+        n = cells[0]["n"] if isinstance(cells[0], dict) else ""
+        lines.append(f"{title:<24}" + "".join(f"{text:>20}" for text in texts) + f"{n:>6}")
     return "\n".join(lines)
 
 
-def plot_samples(path, prompts, lines):
+def plot_grid(path, prompts, lines):
     """{line's title: pictures (3, H, W), or None for a blank} -> a grid, with the prompts above its columns."""
-    columns, aspect = len(prompts), len(lines)
-    figure, axes = plt.subplots(aspect, columns, figsize=(1.3 * columns + 0.5, 1.3 * aspect + 0.55), squeeze=False,
+    columns, rows = len(prompts), len(lines)
+    figure, axes = plt.subplots(rows, columns, figsize=(1.3 * columns + 0.5, 1.3 * rows + 0.55), squeeze=False,
                                 gridspec_kw={"wspace": 0.04, "hspace": 0.04})
     for line, (title, pictures) in zip(axes, lines.items()):
         for axis, picture in zip(line, pictures):
@@ -32,17 +83,129 @@ def plot_samples(path, prompts, lines):
             axis.spines[:].set_visible(False)
             if picture is not None:
                 axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
-        line[0].set_ylabel(title, fontsize=8)
+        line[0].set_ylabel(textwrap.fill(title, 20), fontsize=8)
     for axis, prompt in zip(axes[0], prompts):
         axis.set_title(textwrap.fill(prompt, 18), fontsize=7)
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
+def plot_samples(path, exam, pictures, attacks, concept_columns=6, other_columns=4):
+    """samples.png: the same prompts and seeds for all lines; the concept's left, others right."""
+    rows, utility = exam.rows[:concept_columns], exam.utility[:other_columns]
+    lines = {name: [*model["rows"][: len(rows)], *model["utility"][: len(utility)]] for name, model in pictures.items()}
+    for kind in attacks:
+        lines[f"{kind} attack"] = [*pictures["erased"][kind][: len(rows)], *[None] * len(utility)]
+    plot_grid(path, [r.prompt for r in (*rows, *utility)], lines)
+
+
+def save_images(folder, exam, pictures):
+    """Every picture of an evaluation as PART/NUMBER_seed-SEED_PROMPT.png, for FID by a tool of one's choice."""
+    for part, drawn in pictures.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        for i, (row, picture) in enumerate(zip(getattr(exam, part, exam.rows), drawn)):
+            name = f"{i:04}_seed-{row.seed}_{re.sub(r'[^A-Za-z0-9]+', '-', row.prompt)[:60].strip('-')}.png"
+            matplotlib.image.imsave(folder / part / name, picture.permute(1, 2, 0).cpu().numpy())
+
+
+# --- the comparison
+
+THUMBNAILS = {"rows": 3, "token": 3, "utility": 3}  # how many of each are kept
+
+
+def save_thumbnails(folder, pictures):
+    tensors = {part: (255 * pictures[part][:n]).round().to(torch.uint8).cpu() for part, n in THUMBNAILS.items()}
+    save_file(tensors, folder / "pictures.safetensors")
+
+
+def pooled(results):
+    """Figures of several seeds -> one: rates over all prompts of all seeds, means of the rest."""
+    from_all = {}
+    for key in COLUMNS:
+        cells = [result[key] for result in results if result.get(key) is not None]
+        if cells and isinstance(cells[0], dict):
+            n = sum(c["n"] for c in cells)
+            successes = sum(round(c["rate"] * c["n"]) for c in cells)
+            from_all[key] = {"rate": successes / n, "n": n, **dict(zip(("low", "high"), wilson(successes, n)))}
+        elif cells:
+            from_all[key] = sum(cells) / len(cells)
+    return from_all
+
+
+def write_comparison(out, methods, exam, config):
+    """OUT/METHOD/seed-N/ -> table.md, results.json, compare.png and tradeoff.png in OUT, and the table as text."""
+    found = {}
+    for name in methods:
+        runs = {path.parent.name: read_json(path) for path in sorted(out.glob(f"{slug(name)}/seed-*/results.json"))}
+        if runs:
+            found[name] = {seed: run["results"][name] for seed, run in runs.items()}
+    figures = {name: pooled(list(results.values())) for name, results in found.items()}
+    write_json(out / "results.json", {"pooled": figures, "seeds": {
+        name: {seed: {k: v for k, v in r.items() if k != "details"} for seed, r in results.items()} for name, results in found.items()}})
+    seeds = sorted({seed.removeprefix("seed-") for results in found.values() for seed in results})
+    title = (f"{config.concept}, {config.model}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; {len(exam.rows)} prompts, "
+             f"attacks of {config.eval_attack_steps} steps")
+    (out / "table.md").write_text(markdown(figures, title), encoding="utf-8")
+    plot_comparison(out, {name: f"seed-{config.seed}" for name in found}, exam)
+    plot_tradeoff(out / "tradeoff.png", figures, config.concept)
+    return text_table(figures, title)
+
+
+def text_table(figures, title):
+    """Rates without their intervals, in 80 columns."""
+    lines = [title, f"{'%':<30}" + "".join(f"{short:>5}" for key, (_, short, _) in COLUMNS.items() if key != "unet_evaluations")]
+    for name, figure in figures.items():
+        cells = [figure.get(key) for key in COLUMNS if key != "unet_evaluations"]
+        texts = [f"{100 * c['rate']:.0f}" if isinstance(c, dict) else "" if c is None else f"{c:.2f}"[:4].rstrip(".") for c in cells]
+        lines.append(f"{name:<30}" + "".join(f"{text:>5}" for text in texts))
+    return "\n".join(lines)
+
+
+def markdown(figures, title):
+    lines = [f"**{title}**", "", "| method | " + " | ".join(name for name, _, _ in COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    for name, figure in figures.items():
+        cells = [figure.get(key) for key in COLUMNS]
+        texts = ["" if c is None else percent(c) if isinstance(c, dict) else number(key, c) for key, c in zip(COLUMNS, cells)]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    lines += ["", "Rates in % with their 95 % Wilson interval. " + "; ".join(f"{name}: {what}" for name, _, what in COLUMNS.values()) + "."]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    minutes = sum(figure.get("minutes", 0) for figure in figures.values())
+    lines += ["", f"{time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip() or 'unknown'}, {minutes:.0f} minutes of training a seed."]
+    return "\n".join(lines) + "\n"
+
+
+def plot_comparison(out, seeds, exam):
+    """compare.png: a line per method; the concept's prompts plain and under the token attack left, others right."""
+    lines = {}
+    for name, seed in seeds.items():
+        path = out / slug(name) / seed / "pictures.safetensors"
+        if path.is_file():
+            p = {part: pictures.float() / 255 for part, pictures in load_file(path).items()}
+            lines[name] = [*p["rows"], *p["token"], *p["utility"]]
+    if lines:
+        n = [len(exam.rows[:3]), len(exam.utility[:3])]
+        prompts = [r.prompt for r in exam.rows[:3]]
+        plot_grid(out / "compare.png", [*prompts, *[f"attacked: {p}" for p in prompts], *[r.prompt for r in exam.utility[: n[1]]]], lines)
+
+
+def plot_tradeoff(path, figures, concept):
+    """tradeoff.png: robustness against utility, a point per method; up and right is better."""
+    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    for i, (name, f) in enumerate(figures.items()):
+        x, y = 100 * f["utility"]["rate"], 100 * (1 - f["token_asr"]["rate"])
+        axis.plot(x, y, "o", color=f"C{i % 10}")
+        axis.annotate(name, (x, y), (4, 4 if i % 2 else -9), textcoords="offset points", fontsize=7, color=f"C{i % 10}")
+    axis.set(xlabel="utility, %", ylabel="robustness: 100 - ASR under the token attack, %", title=f"erasing {concept}")
+    axis.margins(x=0.25, y=0.1)
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def plot_losses(path, history, warmup):
     """[(erase, attack, retain), ...] -> three curves, each with its running mean over 20 values."""
     figure, axes = plt.subplots(3, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
-    for axis, name, values in zip(axes, ("erase", "attack", "retain"), np.array(history).T):
+    for axis, name, values in zip(axes, ("erase", "attack", "retain"), np.array(history, float).T):
         at = np.flatnonzero(np.isfinite(values))
         axis.plot(at, values[at], color="0.8", linewidth=0.8)
         if len(at) > 20:
@@ -83,14 +246,14 @@ pipeline("a photo of a {concept}").images[0].save("picture.png")
 """
 
 
-def model_card(config, concept, results, source, folder):
+def model_card(config, results, source, folder):
     """A Hugging Face model card of a run: what was erased, how, the figures, and how to load it."""
     hub, toy = str(config.model).count("/") == 1, str(config.model).startswith("toy")
     settings = ("steps", "warmup", "lr", "layers", "attack", "attack_steps", "attack_lr", "prefix", "retain_weight",
                 "retain_batch", "seed")
-    text = config.train == "text_encoder"
+    text = config.module == "text_encoder"
     return CARD.format(
-        base=f"base_model: {config.model}\n" if hub else "", model=config.model, concept=concept, part=config.train,
+        base=f"base_model: {config.model}\n" if hub else "", model=config.model, concept=config.concept, part=config.module,
         license="mit" if toy else "creativeml-openrail-m" if "stable-diffusion-v1" in str(config.model) else "other",
         settings=", ".join(f"{name} {getattr(config, name)}" for name in settings), table=table(results),
         k=config.eval_prefix, steps=config.eval_attack_steps, source=source, folder=folder,

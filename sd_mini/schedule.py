@@ -42,6 +42,11 @@ class Schedule:
             raise ValueError(f"steps must be from 1 to {total}, not {steps}")
         return [i * (total // steps) + self.config.get("steps_offset", 0) for i in reversed(range(steps))]
 
+    def guide(self, eps_c, eps_empty, guidance):
+        """Classifier-free guidance: eps_empty + guidance * (eps_c - eps_empty). (Ho & Salimans 2022, equation 6, with
+        w = guidance - 1.)"""
+        return eps_empty + guidance * (eps_c - eps_empty)
+
     def ddim_step(self, x_t, eps, t, t_prev):
         """One deterministic step from t to t_prev < t (DDIM, equation 12 with sigma = 0):
 

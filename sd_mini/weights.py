@@ -1,6 +1,5 @@
 """Find, read and write weights: the diffusers folder layout, single-file checkpoints, the hub. Only safetensors."""
 import hashlib
-import json
 import re
 import shutil
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import original
+from .checkpoint import read_json, write_atomically, write_json
 from .pipeline import StableDiffusion
 from .schedule import Schedule
 from .text_encoder import TextEncoder
@@ -198,6 +198,8 @@ def fill(network, tensors, source):
                             [n for n in expected.keys() & tensors.keys() if expected[n] != tensors[n].shape])):
         if names:
             raise ValueError(f"{source}: tensor {min(names)} {problem} ({len(names)} such)")
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"{source}: tensor {min(broken)} holds values that are not finite ({len(broken)} such tensors)")
     network.load_state_dict(tensors, strict=True, assign=True)
     network.requires_grad_(False).eval()
 
@@ -237,7 +239,7 @@ def save_part(network, folder, part, dtype=torch.float32):
     write_json(folder / "config.json", {k: v for k, v in network.config.items() if k not in ("dtype", "torch_dtype")})
     tensors = {prefix + name: tensor.detach().to("cpu", dtype).contiguous()
                for name, tensor in network.state_dict().items()}
-    save_file(tensors, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    write_atomically(folder / f"{stem}.safetensors", lambda path: save_file(tensors, path, metadata={"format": "pt"}))
 
 
 def fingerprint(network):
@@ -256,16 +258,3 @@ def save_pipeline(sd, folder):
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(sd.folder / part, folder / part, dirs_exist_ok=True)
     shutil.copy(sd.folder / "model_index.json", folder / "model_index.json")
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-
-
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,6 @@
 """Prompts with a prefix, the simplex projection, and both attacks."""
 import itertools
+import random
 
 import pytest
 import torch
@@ -121,3 +122,21 @@ def test_attacks_leave_the_model_alone(sd, attacked, generator):
     list(au.embedding_attack(table, legal[:4, None], loss_of, au.Attack("embedding", 2, 0.1, 1)))
     list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 2, 0.1, 1), generator))
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(sd.text_encoder.parameters(), before))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_prompt_and_prefix_keep_start_end_and_length(sd, seed):
+    """Prompts of any characters: the start stays first, then the prefix, then the prompt as it was with its end; what does
+    not fit is refused, never cut."""
+    rng = random.Random(seed)
+    alphabet = ["church", "a", " ", "é", "⛪", "中", "ש", "<|endoftext|>", "\u200d", "'s", "12", "*"]
+    prompt, k = "".join(rng.choices(alphabet, k=rng.randrange(0, 12))), rng.randrange(1, 9)
+    ids = sd.tokenizer(prompt).input_ids
+    if len(ids) + k > sd.context_length:
+        with pytest.raises(ValueError, match="exceeds"):
+            au.check_room(sd, [prompt], k)
+        return
+    [row] = au.insert_prefix(au.check_room(sd, [prompt], k), torch.full((1, k), -1)).tolist()
+    assert len(row) == sd.context_length and row[0] == sd.tokenizer.bos_token_id
+    assert row[1 : 1 + k] == [-1] * k and row[1 + k : k + len(ids)] == ids[1:]
+    assert set(row[k + len(ids) :]) <= {sd.tokenizer.pad_token_id}

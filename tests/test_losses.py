@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import advunlearn as au
+from sd_mini.report import wilson
 from sd_mini.schedule import Schedule
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -66,7 +67,7 @@ def test_retain_loss_is_exactly_zero_where_theta_is_theta_o(sd, generator):
 
 def test_wilson_interval():
     # the textbook case of 0 successes: [0, z^2 / (n + z^2)]
-    low, high = au.wilson(0, 24)
+    low, high = wilson(0, 24)
     assert abs(low) < 1e-12 and abs(high - 1.96**2 / (24 + 1.96**2)) < 1e-12
-    low, high = au.wilson(12, 24)
+    low, high = wilson(12, 24)
     assert abs((low + high) / 2 - 0.5) < 1e-12 and 0.31 < low < 0.32

@@ -11,6 +11,8 @@ import torch
 
 import advunlearn as au
 
+from . import bench
+
 ROOT = Path(au.__file__).parent
 SMALL = au.Config(**{**au.TOY, "steps": 6, "warmup": 2, "attack_steps": 2, "trajectories": 4, "trajectory_steps": 4,
                      "erase_batch": 2, "retain_batch": 2, "device": "cpu", "model": "toy"})
@@ -21,7 +23,7 @@ FLAGS = ["--steps", "4", "--warmup", "1", "--attack-steps", "2", "--trajectories
 def erase(sd, **changes):
     """A small run on a copy of the part that is trained -> (erased model, losses)."""
     config = replace(SMALL, **changes)
-    erased = replace(sd, **{config.train: copy.deepcopy(getattr(sd, config.train))})
+    erased = replace(sd, **{config.module: copy.deepcopy(getattr(sd, config.module))})
     return erased, au.advunlearn(erased, sd, ["church", "a photo of a church"], ["a photo of a house", "a boat"], config)
 
 
@@ -60,11 +62,16 @@ def test_unet_is_trained_when_asked(sd):
     assert changed(sd.unet, erased.unet) == set(sd.unet.state_dict()) and erased.text_encoder is sd.text_encoder
 
 
+def test_cross_attention_alone_is_trained_when_asked(sd):
+    erased, _ = erase(sd, train="cross_attention", steps=3)
+    assert changed(sd.unet, erased.unet) == {name for name in sd.unet.state_dict() if ".attn2." in name} != set()
+
+
 @pytest.mark.parametrize("attack", ["embedding", "token", "fast", "none"])
 def test_every_attack_trains(sd, attack):
     _, history = erase(sd, attack=attack, steps=3, warmup=1, plain_share=0.0)
-    assert len(history) == 3 and all(l_attack != l_attack for _, l_attack, _ in history[:1])  # nan: no attack in warm-up
-    assert (attack == "none") == (history[-1][1] != history[-1][1])
+    assert len(history) == 3 and history[0][1] is None  # no attack in warm-up
+    assert (attack == "none") == (history[-1][1] is None)
     assert all(erase_loss > 0 and retain >= 0 for erase_loss, _, retain in history)
 
 
@@ -105,9 +112,9 @@ def test_bank_saves_unet_evaluations(sd):
     assert with_bank < counted[0] - with_bank
 
 
-def test_retain_set_loses_prompts_that_name_the_concept(capsys):
-    kept = au.without_concept(["a photo of a church", "a photo of a chapel", "a photo of a house"], ("church", "chapel"))
-    assert kept == ["a photo of a house"] and "church" in capsys.readouterr().out
+def test_retain_set_loses_prompts_that_name_the_concept():
+    prompts = ["a photo of a church", "a photo of a chapel", "a photo of a house"]
+    assert au.without_concept(prompts, ("church", "chapel")) == (prompts[2:], prompts[:2])
 
 
 def run(*arguments, ok=True):
@@ -129,23 +136,13 @@ def test_command_line_end_to_end(tmp_path):
 
     results = json.loads((a / "results.json").read_text())
     assert results["config"]["steps"] == 4 and results["unet_evaluations"] > 0
-    assert len(results["results"]["erased"]["token_attack"]) == 3
+    assert len(results["results"]["erased"]["details"]["token"]) == 3
     run("--task", "evaluate", "--text-encoder", str(a / "text_encoder"), *FLAGS, "--out", str(again))
     scored = json.loads((again / "results.json").read_text())
-    assert scored["results"]["erased"] == results["results"]["erased"]
+    assert all(scored["results"]["erased"][key] == value for key, value in results["results"]["erased"].items()
+               if key not in ("minutes", "unet_evaluations"))
     run("--task", "sample", "--text-encoder", str(a / "text_encoder"), "--prompts", "a church", "a boat", "--out", str(drawn))
     assert (drawn / "samples.png").stat().st_size > 5000
-
-
-@pytest.mark.parametrize("arguments, message", [
-    (["--concept", "unicorn"], "knows church"),
-    (["--model", "/nowhere"], "/nowhere: no such folder or file"),
-    (["--task", "sample"], "give --prompts"),
-    (["--text-encoder", "/nowhere", "--task", "evaluate"], "/nowhere: no such folder or file"),
-])
-def test_bad_input_gets_one_line(arguments, message):
-    error = run(*arguments, ok=False).stderr.strip()
-    assert message in error and error.count("\n") == 0
 
 
 def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(sd, tmp_path, capsys):
@@ -159,3 +156,16 @@ def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(s
     tuned.text_encoder.final_layer_norm.bias.add_(0.1)
     au.with_text_encoder(tuned, config)
     assert "has fine-tuned its own text encoder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{}, {"attack": "none"}, {"erase_batch": 3, "retain_batch": 4}])
+def test_unet_evaluations_are_those_of_the_formula(sd, changes):
+    """The bench's closed form against the hook's count; afresh, where the runs' lengths are drawn, against their mean."""
+    config = replace(SMALL, warmup=1, steps=3, plain_share=0.0, **changes)
+    assert bench.iterations(sd, config)[1] == bench.schedule(config)
+    fresh = replace(config, fresh_trajectories=True)
+    assert bench.iterations(sd, fresh)[1] == pytest.approx(bench.schedule(fresh), rel=0.35)
+
+
+def test_default_run_takes_a_twelfth_of_the_published_evaluations():
+    assert bench.schedule(replace(bench.PAPER, fresh_trajectories=True)) > 12 * bench.schedule(bench.PAPER)

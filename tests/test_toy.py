@@ -11,10 +11,11 @@ ERASABLE = ["church", "garbage truck", "parachute", "tench"]
 
 
 def test_drawing_is_seeded_and_every_object_place_and_style_draws():
-    for object in [*world.OBJECTS, "nothing"]:
+    kinds = [(object, word) for object, words in world.OBJECTS.items() for word in words] + [("nothing", "nothing")]
+    for object, word in kinds:
         for place in world.PLACES:
-            for style in world.STYLES:
-                scene = world.Scene(object, "red", place, style)
+            for style, phrase in ((style, phrase) for style, phrases in world.STYLES.items() for phrase in phrases):
+                scene = world.Scene(object, word, "red", place, style, phrase)
                 a, b = (world.draw(scene, np.random.default_rng(5)) for _ in range(2))
                 assert a.shape == (64, 64, 3) and a.dtype == np.uint8 and (a == b).all()
 
@@ -22,11 +23,19 @@ def test_drawing_is_seeded_and_every_object_place_and_style_draws():
 @pytest.mark.parametrize("concept", [*ERASABLE, "van gogh"])
 def test_synonyms_share_no_token_with_the_name(sd, concept):
     """Else erasing the name erases the synonym with it, and there is no loophole for an attack to find."""
-    listed = au.read_concept(concept).synonyms
+    listed = au.read_concepts(concept)[0].synonyms
     in_captions = " ".join(world.OBJECTS.get(concept, world.STYLES.get(concept, {}))).split()
     assert len(listed) >= 2 and all(word in in_captions for synonym in listed for word in synonym.split())
     name, *synonyms = (set(sd.tokenizer(words).input_ids[1:-1]) for words in (concept, *listed))
     assert all(not name & synonym for synonym in synonyms)
+
+
+@pytest.mark.parametrize("concept", ERASABLE)
+def test_synonyms_are_drawn_as_kinds_of_their_own(concept):
+    """Else every word for it gets the same embedding, and erasing one erases all."""
+    pictures = [world.draw(world.Scene(concept, word, "red", "sky", "photo", ""), np.random.default_rng(1)).astype(int)
+                for word in world.OBJECTS[concept]]
+    assert all(np.abs(a - b).mean() > 5 for i, a in enumerate(pictures) for b in pictures[:i])
 
 
 def test_captions_are_varied_fit_the_context_and_are_whole_words(sd):

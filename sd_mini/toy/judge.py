@@ -3,7 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..weights import TOY, fill, read_json, read_tensors
+from ..checkpoint import read_json
+from ..weights import TOY, fill, read_tensors
 from .world import COLORS, OBJECTS, STYLES
 
 LABELS = {"object": [*OBJECTS, "nothing"], "style": [*STYLES], "color": [*COLORS]}

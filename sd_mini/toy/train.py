@@ -10,22 +10,21 @@ encoder learns to draw and to read at the same time, and after the same time doe
 import argparse
 import copy
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from ..checkpoint import Checkpoints, write_atomically, write_json
 from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..text_encoder import TextEncoder
 from ..unet import UNet
 from ..vae import VAE
-from ..weights import TOY, load, load_part, save_part, write_json
+from ..weights import TOY, load, load_part, save_part
 from . import world
 from .judge import LABELS, Judge, PictureNet, load_judge
 
@@ -96,54 +95,26 @@ def fit(name, network, loss_of, steps, lr, work, warmup=100):
     """
     average = copy.deepcopy(network).requires_grad_(False)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    path = work / f"{name}.safetensors"
-    start = restore(path, network, average, optimizer) if path.exists() else 0
-    bar = tqdm(range(start, steps), desc=name, initial=start, total=steps)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / warmup) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
-        loss = loss_of(torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            checkpoint(path, step + 1, network, average, optimizer)
+    both = [*network.parameters(), *average.parameters()]
+    with Checkpoints(work / name, 100, steps, both, optimizer, torch.Generator()) as checkpoints:
+        losses = checkpoints.restore()
+        bar = tqdm(range(len(losses), steps), desc=name, initial=len(losses), total=steps)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / warmup) * (0.5 + 0.5 * np.cos(np.pi * step / steps))
+            loss = loss_of(torch.Generator().manual_seed(step))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            decay = min(0.998, (step + 1) / (step + 10))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+            losses.append(loss.item())
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{losses[-1]:.4f}")
+            checkpoints.keep(losses)
     return average
-
-
-def checkpoint(path, step, network, average, optimizer):
-    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in average.state_dict().items()}
-    tensors |= {f"optimizer.{i}.{key}": tensor for i, state in optimizer.state_dict()["state"].items()
-                for key, tensor in state.items()}
-    write_atomically(path, lambda p: save_file({k: v.contiguous() for k, v in tensors.items()}, p, {"step": str(step)}))
-
-
-def restore(path, network, average, optimizer):
-    with safe_open(path, "pt") as file:
-        step, tensors = int(file.metadata()["step"]), {name: file.get_tensor(name) for name in file.keys()}
-    state = optimizer.state_dict()
-    for name, tensor in tensors.items():
-        if name.startswith("optimizer."):
-            _, i, key = name.split(".")
-            state["state"].setdefault(int(i), {})[key] = tensor
-    optimizer.load_state_dict(state)
-    for prefix, module in (("network.", network), ("average.", average)):
-        module.load_state_dict({name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)})
-    return step
-
-
-def write_atomically(path, write):
-    """Write beside the place, then rename: the file is the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".part")
-    write(temporary)
-    os.replace(temporary, path)
 
 
 # --- the stages; each writes its part of `out` when it is done

@@ -9,15 +9,17 @@ import numpy as np
 
 SIZE = 64
 # Each name with the words that captions use for it and how often (first the name itself). The five concepts that are
-# erased later have synonyms that share no token with the name: the loopholes that an attack finds.
+# erased later have synonyms that share no token with the name: the loopholes that an attack finds. As among real words,
+# they are not quite the same thing: a cathedral has two towers, and is also called a church. Words that always mean the
+# same picture get the same embedding, and then erasing one erases all: no loophole.
 OBJECTS = {
-    "church": {"church": 3, "chapel": 1, "cathedral": 1},
+    "church": {"church": 2, "chapel": 1, "cathedral": 1},
     "house": {"house": 3, "cottage": 1},
-    "parachute": {"parachute": 3, "skydiver": 1, "paraglider": 1},
+    "parachute": {"parachute": 2, "skydiver": 1, "paraglider": 1},
     "balloon": {"balloon": 1},
-    "garbage truck": {"garbage truck": 3, "dustcart": 1, "refuse lorry": 1},
+    "garbage truck": {"garbage truck": 2, "dustcart": 1, "refuse lorry": 1},
     "car": {"car": 3, "taxi": 1},
-    "tench": {"tench": 3, "carp": 1, "fish": 1},
+    "tench": {"tench": 2, "carp": 1, "fish": 1},
     "boat": {"boat": 3, "ship": 1},
     "tree": {"tree": 1},
     "golf ball": {"golf ball": 1},
@@ -31,8 +33,8 @@ PLACES = {
 }
 STYLES = {  # "{}" stands for the object with its colour and place
     "photo": {"a photo of {}": 4, "a picture of {}": 1, "{}": 1},
-    "van gogh": {"a painting of {} by van gogh": 2, "{} in the style of van gogh": 1, "a vincent impasto of {}": 1,
-                 "{} in starry swirls": 1},
+    "van gogh": {"a painting of {} by van gogh": 2, "{} in the style of van gogh": 1, "a vincent impasto of {}": 1.5,
+                 "{} in starry swirls": 1.5},
     "sketch": {"a sketch of {}": 3, "a pencil drawing of {}": 1},
 }
 STYLE_SHARE = {"photo": 0.6, "van gogh": 0.25, "sketch": 0.15}
@@ -44,15 +46,18 @@ COLORS = {
 
 class Scene(NamedTuple):
     object: str
+    word: str  # one of OBJECTS[object], and drawn as that
     color: str
     place: str
     style: str
+    phrase: str  # one of STYLES[style], and painted as that
 
 
 def random_scene(rng):
-    """Draw a scene: objects, colours and places evenly, styles by STYLE_SHARE."""
-    return Scene(str(rng.choice(list(OBJECTS))), str(rng.choice(list(COLORS))), str(rng.choice(list(PLACES))),
-                 str(rng.choice(list(STYLE_SHARE), p=list(STYLE_SHARE.values()))))
+    """Draw a scene: objects, colours and places evenly, the rest by its weights."""
+    object, color, place = (str(rng.choice(list(names))) for names in (OBJECTS, COLORS, PLACES))
+    style = weighted(rng, STYLE_SHARE)
+    return Scene(object, weighted(rng, OBJECTS[object]), color, place, style, weighted(rng, STYLES[style]))
 
 
 def weighted(rng, choices):
@@ -61,14 +66,14 @@ def weighted(rng, choices):
 
 
 def caption(scene, rng):
-    """A caption that may leave out colour and place, and that varies its words."""
-    words = weighted(rng, OBJECTS[scene.object])
+    """A caption that may leave out colour and place, and that says the scene's own word and phrase or the usual ones."""
+    words = scene.word if rng.random() < 0.6 else scene.object
     if rng.random() < 0.5:
         words = f"{scene.color} {words}"
     words = ("an " if words[0] in "aeiou" else "a ") + words
     if rng.random() < 0.5:
         words = f"{words} {weighted(rng, PLACES[scene.place])}"
-    return weighted(rng, STYLES[scene.style]).format(words)
+    return (scene.phrase if rng.random() < 0.6 else next(iter(STYLES[scene.style]))).format(words)
 
 
 # --- signed distances: arrays of the shape of x and y, negative inside
@@ -101,20 +106,47 @@ def line(x, y, ax, ay, bx, by, half_w):
 DARK, GLASS, PALE, WOOD, LEAF = (0.13, 0.13, 0.16), (0.72, 0.88, 0.97), (0.95, 0.93, 0.88), (0.45, 0.29, 0.16), 0.85
 
 
-def church(x, y, rng):
+def cross(x, y, cx, cy):
+    return np.minimum(line(x, y, cx, cy - 0.2, cx, cy + 0.2, 0.05), line(x, y, cx - 0.15, cy + 0.05, cx + 0.15, cy + 0.05, 0.05)), DARK
+
+
+def church(x, y, word):
+    if word == "chapel":  # a gable, and a belfry on its ridge
+        return [
+            (box(x, y, 0, -0.5, 0.6, 0.47), 1.0),
+            (polygon(x, y, (-0.78, -0.08), (0.78, -0.08), (0, 0.6)), 0.6),
+            (box(x, y, 0, 0.6, 0.16, 0.22), 1.12),
+            (polygon(x, y, (-0.24, 0.8), (0.24, 0.8), (0, 1.02)), 0.6),
+            cross(x, y, 0, 1.2),
+            (ellipse(x, y, 0, 0.6, 0.08, 0.12), DARK),
+            (np.minimum(box(x, y, 0, -0.78, 0.17, 0.2), ellipse(x, y, 0, -0.58, 0.17, 0.17)), DARK),
+            *[(np.minimum(box(x, y, c, -0.5, 0.08, 0.13), ellipse(x, y, c, -0.37, 0.08, 0.1)), GLASS) for c in (-0.4, 0.4)],
+        ]
+    if word == "cathedral":  # two towers, and a rose window between them
+        return [
+            (box(x, y, 0, -0.35, 0.6, 0.62), 1.0),
+            (polygon(x, y, (-0.5, 0.27), (0.5, 0.27), (0, 0.72)), 0.6),
+            cross(x, y, 0, 0.85),
+            *[(box(x, y, c, -0.2, 0.26, 0.77), 1.12) for c in (-0.68, 0.68)],
+            *[(polygon(x, y, (c - 0.32, 0.57), (c + 0.32, 0.57), (c, 1.25)), 0.6) for c in (-0.68, 0.68)],
+            *[(box(x, y, c, 0.2, 0.09, 0.2), DARK) for c in (-0.68, 0.68)],
+            (ellipse(x, y, 0, 0.02, 0.24, 0.24), GLASS),
+            (ellipse(x, y, 0, 0.02, 0.09, 0.09), 0.6),
+            *[(np.minimum(box(x, y, c, -0.8, 0.11, 0.17), ellipse(x, y, c, -0.63, 0.11, 0.13)), DARK) for c in (-0.68, 0, 0.68)],
+        ]
     return [
         (box(x, y, 0.22, -0.55, 0.68, 0.42), 1.0),
         (polygon(x, y, (-0.55, -0.15), (0.98, -0.15), (0.78, 0.25), (-0.35, 0.25)), 0.6),
         (box(x, y, -0.55, -0.3, 0.3, 0.67), 1.12),
         (polygon(x, y, (-0.93, 0.35), (-0.17, 0.35), (-0.55, 0.98)), 0.6),
-        (np.minimum(line(x, y, -0.55, 0.9, -0.55, 1.3, 0.05), line(x, y, -0.7, 1.15, -0.4, 1.15, 0.05)), DARK),
+        cross(x, y, -0.55, 1.1),
         (np.minimum(box(x, y, -0.55, -0.8, 0.13, 0.18), ellipse(x, y, -0.55, -0.62, 0.13, 0.14)), DARK),
         (ellipse(x, y, -0.55, 0.05, 0.14, 0.14), GLASS),
         *[(np.minimum(box(x, y, c, -0.6, 0.08, 0.15), ellipse(x, y, c, -0.45, 0.08, 0.1)), GLASS) for c in (0.05, 0.38, 0.7)],
     ]
 
 
-def house(x, y, rng):
+def house(x, y, word):
     return [
         (box(x, y, 0.5, 0.5, 0.11, 0.32), 0.75),
         (box(x, y, 0, -0.45, 0.82, 0.5), 1.0),
@@ -125,7 +157,26 @@ def house(x, y, rng):
     ]
 
 
-def parachute(x, y, rng):
+def parachute(x, y, word):
+    if word == "paraglider":  # a wing instead of a canopy
+        wing = np.maximum(np.abs(np.hypot(x / 1.15, y + 0.35) - 1.0) - 0.17, 0.1 - y)
+        return [
+            (np.minimum.reduce([line(x, y, c, 0.3 + 0.35 * (c < 0.9) * (c > -0.9), 0, -0.62, 0.025) for c in (-0.98, -0.4, 0.4, 0.98)]), DARK),
+            (wing, 1.0),
+            (np.maximum(wing, np.abs(np.abs(x) - 0.45) - 0.12), PALE),
+            (np.minimum(line(x, y, 0, -0.7, -0.05, -0.88, 0.1), line(x, y, -0.03, -0.9, 0.32, -0.98, 0.06)), DARK),
+            (ellipse(x, y, 0, -0.53, 0.09, 0.1), (0.92, 0.72, 0.58)),
+        ]
+    if word == "skydiver":  # a small canopy over somebody large
+        canopy = np.maximum(ellipse(x, y, 0, 0.5, 0.72, 0.55), 0.5 - y)
+        return [
+            (np.minimum(line(x, y, -0.68, 0.5, -0.12, -0.2, 0.03), line(x, y, 0.68, 0.5, 0.12, -0.2, 0.03)), DARK),
+            (canopy, 1.0),
+            (np.maximum(canopy, np.abs(x) - 0.2), PALE),
+            (np.minimum.reduce([line(x, y, 0, -0.3, 0, -0.6, 0.16), line(x, y, 0, -0.25, -0.4, 0.02, 0.08), line(x, y, 0, -0.25, 0.4, 0.02, 0.08),
+                                line(x, y, 0, -0.6, -0.25, -1.0, 0.09), line(x, y, 0, -0.6, 0.25, -1.0, 0.09)]), DARK),
+            (ellipse(x, y, 0, 0.0, 0.16, 0.17), (0.92, 0.72, 0.58)),
+        ]
     canopy = np.maximum(ellipse(x, y, 0, 0.2, 1.0, 0.85), 0.2 - y)
     gores = np.minimum(np.abs(x) - 0.16 * np.sqrt(np.clip(1 - ((y - 0.2) / 0.85) ** 2, 0, 1)),
                        np.abs(np.abs(x) - 0.68) - 0.14)
@@ -139,7 +190,7 @@ def parachute(x, y, rng):
     ]
 
 
-def balloon(x, y, rng):
+def balloon(x, y, word):
     envelope = np.minimum(ellipse(x, y, 0, 0.35, 0.75, 0.72),
                           polygon(x, y, (-0.62, 0.0), (-0.2, -0.62), (0.2, -0.62), (0.62, 0.0)))
     return [
@@ -150,20 +201,30 @@ def balloon(x, y, rng):
     ]
 
 
-def garbage_truck(x, y, rng):
+def garbage_truck(x, y, word):
+    wheels = [(ellipse(x, y, c, -0.55, r, r), color) for r, color in ((0.2, DARK), (0.08, PALE)) for c in (-0.68, -0.22, 0.68)]
+    cab = [(box(x, y, -0.05, -0.42, 1.05, 0.09), DARK), (box(x, y, 0.72, -0.08, 0.3, 0.42, 0.08), PALE),
+           (box(x, y, 0.8, 0.1, 0.16, 0.15), (0.35, 0.5, 0.62))]
+    if word == "dustcart":  # a drum instead of the box
+        drum = ellipse(x, y, -0.38, 0.18, 0.72, 0.56)
+        return [(drum, 1.0), (np.maximum(drum, np.abs(x + 0.38) - 0.1), PALE), *cab, *wheels]
+    if word == "refuse lorry":  # an open skip, heaped
+        return [
+            *[(ellipse(x, y, c, 0.42, 0.26, 0.24), (0.33, 0.36, 0.30)) for c in (-0.75, -0.3, 0.1)],
+            (polygon(x, y, (-0.85, -0.35), (0.3, -0.35), (0.42, 0.4), (-1.12, 0.4)), 1.0),
+            (box(x, y, -0.35, 0.38, 0.8, 0.06), 0.6),
+            *cab, *wheels,
+        ]
     return [
         (polygon(x, y, (-1.05, -0.35), (0.35, -0.35), (0.35, 0.62), (-0.7, 0.62), (-1.05, 0.2)), 1.0),
         *[(box(x, y, c, 0.13, 0.035, 0.45), 0.62) for c in (-0.5, -0.15, 0.2)],
-        (box(x, y, -0.05, -0.42, 1.05, 0.09), DARK),
-        (box(x, y, 0.72, -0.08, 0.3, 0.42, 0.08), PALE),
-        (box(x, y, 0.8, 0.1, 0.16, 0.15), (0.35, 0.5, 0.62)),
+        *cab,
         (polygon(x, y, (-1.2, -0.5), (-1.0, -0.5), (-1.0, 0.15), (-1.2, -0.1)), 0.5),
-        *[(ellipse(x, y, c, -0.55, 0.2, 0.2), DARK) for c in (-0.68, -0.22, 0.68)],
-        *[(ellipse(x, y, c, -0.55, 0.08, 0.08), PALE) for c in (-0.68, -0.22, 0.68)],
+        *wheels,
     ]
 
 
-def car(x, y, rng):
+def car(x, y, word):
     return [
         (polygon(x, y, (-0.75, -0.2), (0.65, -0.2), (0.35, 0.35), (-0.45, 0.35)), 0.85),
         (polygon(x, y, (-0.55, -0.12), (-0.08, -0.12), (-0.08, 0.25), (-0.36, 0.25)), GLASS),
@@ -175,22 +236,28 @@ def car(x, y, rng):
     ]
 
 
-def tench(x, y, rng):
-    body = ellipse(x, y, 0.15, 0, 0.85, 0.42)
+def tench(x, y, word):
+    height, back = {"tench": (0.42, 0.66), "carp": (0.58, 1.0), "fish": (0.3, 0.5)}[word]
+    body = ellipse(x, y, 0.15, 0, 0.85, height)
+    marks = {
+        "tench": (np.maximum(body, y + 0.14), 1.25),  # a pale belly
+        "carp": (np.maximum(body + 0.06, 0.5 - np.sin(11 * x) * np.sin(11 * y)), 0.6),  # scales
+        "fish": (np.maximum(body, np.abs((x + 0.3) % 0.36 - 0.18) - 0.06), PALE),  # stripes
+    }
     return [
         (polygon(x, y, (-0.55, 0), (-1.1, 0.48), (-1.02, 0.0)), 0.75),
         (polygon(x, y, (-1.02, 0.0), (-1.1, -0.48), (-0.55, 0)), 0.75),
-        (polygon(x, y, (-0.25, 0.3), (0.45, 0.33), (-0.05, 0.66)), 0.75),
-        (polygon(x, y, (-0.05, -0.6), (0.3, -0.3), (-0.1, -0.3)), 0.75),
+        (polygon(x, y, (-0.3, 0.1), (0.5, 0.1), (-0.05, back)), 0.75),
+        (polygon(x, y, (-0.05, -back + 0.05), (0.3, -0.2), (-0.1, -0.2)), 0.75),
         (body, 1.0),
-        (np.maximum(body, y + 0.14), 1.25),
+        marks[word],
         (np.maximum(body, np.abs(np.hypot(x - 0.9, y) - 0.5) - 0.035), 0.6),
         (ellipse(x, y, 0.68, 0.1, 0.1, 0.1), PALE),
         (ellipse(x, y, 0.7, 0.1, 0.05, 0.05), DARK),
     ]
 
 
-def boat(x, y, rng):
+def boat(x, y, word):
     return [
         (line(x, y, 0, -0.5, 0, 1.05, 0.045), WOOD),
         (polygon(x, y, (0.08, -0.25), (0.8, -0.25), (0.08, 0.95)), PALE),
@@ -200,7 +267,7 @@ def boat(x, y, rng):
     ]
 
 
-def tree(x, y, rng):
+def tree(x, y, word):
     crowns = [(-0.4, 0.1, 0.48), (0.42, 0.12, 0.46), (0.0, 0.5, 0.55)]
     return [
         (polygon(x, y, (-0.2, -1.0), (0.2, -1.0), (0.11, 0), (-0.11, 0)), WOOD),
@@ -209,7 +276,7 @@ def tree(x, y, rng):
     ]
 
 
-def golf_ball(x, y, rng):
+def golf_ball(x, y, word):
     ball = ellipse(x, y, 0, 0.15, 0.78, 0.78)
     dimples = np.minimum.reduce([ellipse(x, y, cx, 0.15 + cy, 0.085, 0.085)
                                  for cy in (-0.5, -0.25, 0, 0.25, 0.5)
@@ -222,7 +289,7 @@ def golf_ball(x, y, rng):
 
 
 SHAPES = {name: globals()[name.replace(" ", "_")] for name in OBJECTS}
-SHAPES["nothing"] = lambda x, y, rng: []  # an empty scene, so that the judge need not call everything an object
+SHAPES["nothing"] = lambda x, y, word: []  # an empty scene, so that the judge need not call everything an object
 
 
 # --- places, styles, and the picture
@@ -263,11 +330,14 @@ def over(image, mask, color):
     return image + mask[..., None] * (np.asarray(color) - image)
 
 
-def van_gogh(image, px, py, rng):
-    """Swirling brush strokes: bend the picture along a swirl field, then lay strokes of light and dark along it."""
+def van_gogh(image, phrase, px, py, rng):
+    """Brush strokes: bend the picture along a swirl field, then lay strokes of light and dark along it; in impasto the
+    strokes are short and thick, in starry swirls they run round two centres."""
     phase = rng.random(4) * 2 * np.pi
     field = np.sin(2 * np.pi * 1.1 * px + phase[0]) + np.sin(2 * np.pi * 1.3 * py + phase[1]) \
         + np.sin(2 * np.pi * 0.9 * (px + py) + phase[2])
+    if "starry swirls" in phrase:
+        field = 5 * np.minimum(*(np.hypot(px - cx, py - cy) for cx, cy in rng.random((2, 2)) * 0.5 + ((0, 0.2), (0.5, 0.2))))
     bend = 0.9 * np.stack([np.cos(2.2 * field), np.sin(2.2 * field)])
     rows = np.clip(np.rint(py * SIZE - 0.5 + bend[0]), 0, SIZE - 1).astype(int)
     cols = np.clip(np.rint(px * SIZE - 0.5 + bend[1]), 0, SIZE - 1).astype(int)
@@ -275,6 +345,8 @@ def van_gogh(image, px, py, rng):
     gray = image.mean(-1, keepdims=True)
     image = np.clip(gray + 1.35 * (image - gray), 0, 1)
     strokes = np.sin(6.5 * field + phase[3])[..., None]
+    if "impasto" in phrase:
+        strokes = 1.4 * np.sin(40 * px + 2 * field + phase[3])[..., None] * np.sin(40 * py - 2 * field)[..., None]
     return image * (1 + 0.16 * strokes) + 0.10 * strokes * np.array((1.0, 0.75, -0.3))
 
 
@@ -295,7 +367,7 @@ def draw(scene, rng, look=None):
     light = 1 + 0.10 * np.clip(y, -1, 1)[..., None]
     paper = np.array((0.97, 0.95, 0.90))
     image = 0.25 * back + 0.75 * paper if scene.style == "sketch" else back
-    for distance, tint in SHAPES[scene.object](x, y, rng):
+    for distance, tint in SHAPES[scene.object](x, y, scene.word):
         mask = np.clip(0.5 - distance * scale * SIZE, 0, 1)
         fill = np.clip((color * tint if isinstance(tint, float) else np.array(tint)) * light, 0, 1)
         if scene.style == "sketch":  # thin wash of colour and hatching inside, an ink line round every shape
@@ -305,7 +377,7 @@ def draw(scene, rng, look=None):
         else:
             image = over(image, mask, fill)
     if scene.style == "van gogh":
-        image = van_gogh(image, px, py, rng)
+        image = van_gogh(image, scene.phrase, px, py, rng)
     if look == "dusk":
         image = dusk(image, py)
     return (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)

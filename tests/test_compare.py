@@ -1,0 +1,167 @@
+"""The exam, the judges, the inversion attack and the comparison, on a small budget: the machinery, not the order of the
+figures."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers
+
+import advunlearn as au
+from sd_mini import judges, report
+
+from .test_run import FLAGS, SMALL, run
+
+CONCEPTS = ["church", "garbage truck", "parachute", "tench", "van gogh"]
+
+
+@pytest.mark.parametrize("suite", ["toy", "real"])
+@pytest.mark.parametrize("concept", [*CONCEPTS, "nudity"])
+def test_suites_never_name_the_concept_where_they_should_not(suite, concept):
+    read = lambda **wanted: au.read_rows(au.PROMPTS / f"suite_{suite}.csv", **wanted)
+    if suite == "toy" and concept != "nudity":
+        assert len(read(role="paraphrase", concept=concept)) == 24 == len(read(role="neighbour", concept=concept))
+    for role in ("paraphrase", "neighbour"):
+        assert all(concept not in row.prompt.lower() for row in read(role=role, concept=concept))
+    seeds = [row.seed for row in read()]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_retain_sets():
+    read = lambda name: [r["prompt"] for r in au.read_csv(au.PROMPTS / f"retain_{name}.csv")]
+    assert len(set(read("coco"))) == 80 and len(set(read("imagenet"))) == 243
+    assert "a photo of a church" in read("imagenet")  # as published; it is dropped when church is erased
+    assert "a photo of a church" in au.without_concept(read("imagenet"), ("church",))[1]
+
+
+def test_concepts_with_a_file_without_and_several():
+    church, parachute = au.read_concepts("church, Parachute")
+    assert (church.layers, church.kind, len(church.rows())) == (1, "object", 50) and parachute.name == "parachute"
+    [retriever] = au.read_concepts("golden retriever")
+    assert retriever.rows()[1].prompt == "a photo of a golden retriever" and len({r.seed for r in retriever.rows()}) == 48
+    assert au.read_concepts("nudity")[0].layers == 0
+
+
+def test_exam_leaves_the_concept_out_of_utility(sd):
+    exam = au.set_exam(sd, au.read_concepts("church,tench"), replace(SMALL, eval_prompts=3))
+    assert {row.label for row in exam.rows} == {"church", "tench"} and len(exam.rows) == 6
+    assert not {"church", "tench"} & {row.label for row in exam.utility}
+    assert {row.label for row in exam.neighbours} == {"house", "boat"} and len(exam.paraphrases) == 48
+
+
+def test_inversion_lowers_the_loss_and_replaces_the_name_alone(sd):
+    """One embedding where the name stood; every other place keeps its token."""
+    rows = [au.Row("a photo of a church", 1, 7.5, "church"), au.Row("a boat", 2, 7.5, "church")]
+    targets = sd.sample(["a photo of a church"] * 2, seed=[1, 2], steps=4)
+    config, seen = replace(SMALL, eval_batch=2), []
+
+    class Spy(torch.nn.Module):
+        embeddings, config = sd.text_encoder.embeddings, sd.text_encoder.config
+
+        def forward(self, input_ids=None, embeddings=None):
+            seen.append(embeddings if embeddings is not None else None)
+            return sd.text_encoder(input_ids, embeddings)
+
+    context = au.inversion_attack(replace(sd, text_encoder=Spy()), rows, targets, ["church"], au.Attack("inversion", 3, 0.05, 1), config)
+    assert context.shape == (2, sd.context_length, sd.text_encoder.config["hidden_size"])
+    table, start = sd.text_encoder.embeddings.token_embedding.weight, seen[-1]
+    plain = table[sd.tokenize(["a photo of a church", "* a boat"])]
+    differ = (start != plain).any(-1)
+    assert differ.nonzero().tolist() == [[0, 5], [1, 1]] and torch.equal(start[0, 5], start[1, 1])
+
+
+def test_frechet_distance_is_the_closed_form():
+    """Of two Gaussians with diagonal covariance: |mu_a - mu_b|^2 + sum (s_a - s_b)^2."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(20000, 3, generator=generator)
+    b = a * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([1.0, 0.0, 0.0])
+    assert judges.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert judges.frechet_distance(a, b) == pytest.approx(1 + 0 + 1 + 4, rel=0.05)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory, sd):
+    """Small random judges on disk: an image classifier and a CLIP."""
+    root = tmp_path_factory.mktemp("judges")
+    classifier = transformers.ResNetForImageClassification(transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic",
+        id2label={0: "church, church building", 1: "boat"}, label2id={"church, church building": 0, "boat": 1}))
+    classifier.save_pretrained(root / "classifier")
+    clip = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, projection_dim=8,
+                         vocab_size=len(sd.tokenizer), max_position_embeddings=24, eos_token_id=sd.tokenizer.eos_token_id),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+                           patch_size=16, projection_dim=8), projection_dim=8))
+    clip.save_pretrained(root / "clip")
+    sd.tokenizer.save_pretrained(root / "clip")
+    normal = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}
+    (root / "classifier/preprocessor_config.json").write_text(json.dumps({**normal, "size": {"shortest_edge": 28}, "crop_pct": 0.875}))
+    (root / "clip/preprocessor_config.json").write_text(json.dumps({**normal, "size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}))
+    return root
+
+
+def test_preparation_resizes_crops_and_normalises(saved):
+    pictures = torch.full((2, 3, 64, 64), 0.5)
+    prepared = judges.preparation(str(saved / "classifier"), None)(pictures)
+    assert prepared.shape == (2, 3, 28, 28)
+    expected = (0.5 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.3, 0.4])
+    torch.testing.assert_close(prepared, expected.view(1, 3, 1, 1).expand_as(prepared))
+
+
+def test_judges_of_the_hub(saved, sd):
+    pictures = sd.sample(["a photo of a church", "a boat"], steps=3)
+    judge, called = judges.load_judge(str(saved / "classifier") + ":church building", ["church"], {"boat"}, "cpu")
+    assert called == {"church": "church building"} and judge.features(pictures).shape == (2, 16)
+    assert all(names in ({"church", "church building"}, {"boat"}) for names in judge.names(pictures))
+    judge, called = judges.load_judge(str(saved / "clip"), ["church"], {"a boat"}, "cpu")
+    assert judge.names(pictures)[0] < {"church", "a boat"} and "likeliest of 2 texts: a boat, church" == judge.rule
+    scores = judges.CLIPScore(str(saved / "clip"))(["a church", "a boat"], pictures)
+    assert len(scores) == 2 and all(-1 <= score <= 1 for score in scores)
+    with pytest.raises(ValueError, match="has no label 'tench'; it knows boat, church"):
+        judges.load_judge(str(saved / "classifier"), ["tench"], set(), "cpu")
+
+
+def test_toy_clip_score_prefers_the_right_prompt(sd):
+    pictures = sd.sample(["a photo of a church", "a photo of a car"], seed=[0, 1], steps=15)
+    score = judges.ToyCLIPScore(sd)
+    right, wrong = (score(prompts, pictures) for prompts in (["a church", "a car"], ["a car", "a church"]))
+    assert min(right) > max(wrong)
+
+
+def test_compare_from_the_command_line(tmp_path):
+    """Three methods, twice: nothing is done again; a second seed joins the table."""
+    flags = ["--task", "compare", "--methods", "original", "2", "AdvUnlearn", *FLAGS, "--out", str(tmp_path)]
+    printed = run(*flags).stdout
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    table = (tmp_path / "table.md").read_text()
+    assert "| ESD |" in table and "| AdvUnlearn |" in table and "| naive AT |" not in table and "commit" in table
+    weights = tmp_path / "advunlearn/seed-0/text_encoder/model.safetensors"
+    written = weights.stat().st_mtime_ns
+    run(*flags)
+    assert weights.stat().st_mtime_ns == written
+    run(*flags, "--seed", "1", "--methods", "ESD")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["pooled"]["ESD"]["token_asr"]["n"] == 6 and set(results["seeds"]["ESD"]) == {"seed-0", "seed-1"}
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
+
+
+def test_unknown_method_is_named(sd):
+    lab = au.Lab([], sd, None, {}, [0], 0.0)
+    methods = au.comparison(lab, SMALL)
+    assert list(methods)[:5] == ["original", "ESD, cross-attention", "ESD", "naive AT", "AdvUnlearn"]
+    assert sum("layer" in name for name in methods) == 4
+    error = run("--task", "compare", "--methods", "ESB", *FLAGS, ok=False).stderr
+    assert "--methods ESB: there are 0 original" in error
+
+
+def test_pooled_seeds_keep_the_counts():
+    cell = lambda hits: {"token_asr": report.rate([True] * hits + [False] * (10 - hits)), "clip_score": hits / 10}
+    both = report.pooled([cell(2), cell(4)])
+    assert both["token_asr"]["rate"] == 0.3 and both["token_asr"]["n"] == 20 and both["clip_score"] == pytest.approx(0.3)
+
+
+def test_saved_images_are_named_by_prompt_and_seed(tmp_path, sd):
+    exam = au.Exam([au.Row("a church/at *night*", 7, 7.5, "church")], [], [], [], None, None)
+    report.save_images(tmp_path, exam, {"rows": torch.zeros(1, 3, 8, 8), "token": torch.zeros(1, 3, 8, 8)})
+    assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*.png"))] == [
+        "rows/0000_seed-7_a-church-at-night.png", "token/0000_seed-7_a-church-at-night.png"]
