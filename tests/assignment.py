@@ -1,0 +1,199 @@
+"""The project as coursework.
+
+    python -m tests.assignment --out homework/              a student's copy: exercises blanked, handout, grader
+    python -m tests.assignment --out homework/ --only 2,5   some exercises
+
+In the copy, `pytest --exercise 3` grades one exercise, `pytest` all; both print a score table and write grade.json. Two
+exercises are open, scored by what the toy then does: `python -m tests.assignment --score 11`, or 12.
+"""
+import argparse
+import ast
+import contextlib
+import copy
+import importlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+from .exercises import CHECKS, EXERCISES
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = Path(__file__).with_name("reference.zip")  # in a student's copy: the solutions
+SCORED = {  # the open exercises: title, task, flags of the run that is scored
+    11: ("a better attack", "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the same number of "
+         "steps (`--eval-attack-steps`); hand in a sentence on why it does.", ["--attack", "none", "--retain-weight", "0"]),
+    12: ("a better retain set", "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that AdvUnlearn keeps "
+         "more, colours and places included, and stays as robust.", ["--retain-set", "mine"]),
+}
+
+
+# --- the student's copy
+
+def functions(tree):
+    """{qualified name: node} of a module's functions and methods."""
+    found = {}
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{item.name}": item for item in node.body if isinstance(item, ast.FunctionDef)}
+    return found
+
+
+def blank(source, name, message):
+    """The source with one function's body, after its docstring, replaced by `raise NotImplementedError(message)`."""
+    node, lines = functions(ast.parse(source))[name], source.splitlines(keepends=True)
+    first = node.body[1] if ast.get_docstring(node) else node.body[0]
+    indent = " " * first.col_offset
+    return "".join([*lines[: first.lineno - 1], f"{indent}raise NotImplementedError({json.dumps(message)})\n", *lines[node.end_lineno :]])
+
+
+def make(out, only=()):
+    """Write the student's copy to a folder that does not exist yet."""
+    if out.exists():
+        raise SystemExit(f"error: --out {out}: is there already")
+    chosen = {number: exercise for number, exercise in EXERCISES.items() if not only or number in only}
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "pictures", "reference.zip")
+    for name in ("sd_mini", "prompts", "tests"):
+        shutil.copytree(ROOT / name, out / name, ignore=ignore)
+    for name in ("advunlearn.py", "requirements.txt", "TUTORIAL.md", "LICENSE", ".gitignore"):
+        shutil.copy(ROOT / name, out / name)
+    with zipfile.ZipFile(out / "tests/reference.zip", "w") as solutions:
+        for file in sorted({exercise.file for exercise in EXERCISES.values()}):
+            solutions.write(ROOT / file, f"reference_{Path(file).name}")
+    for number, exercise in chosen.items():
+        source = (out / exercise.file).read_text(encoding="utf-8")
+        for name in exercise.functions:
+            source = blank(source, name, f"Exercise {number}: {exercise.title}, {name}; see TUTORIAL.md, section {exercise.section}")
+        (out / exercise.file).write_text(source, encoding="utf-8")
+    (out / "HANDOUT.md").write_text(handout(chosen), encoding="utf-8")
+
+
+def handout(chosen):
+    lines = ["# AdvUnlearn: exercises", "",
+             "Replace each `raise NotImplementedError` by the body that signature and docstring ask for; `TUTORIAL.md` has the",
+             "equations. `pytest --exercise 3` grades one exercise, `pytest` all of them; each is graded by itself, so that a wrong",
+             "one cannot sink the others. Seeds can be given, `pytest --grade-seed 7`: a copied constant does not pass.", "",
+             "    pip install -r requirements.txt", "    pytest --exercise 1", "", "| exercise | what | where | TUTORIAL.md |", "| --- | --- | --- | --- |"]
+    lines += [f"| {n} | {e.title} | {', '.join(f'`{name}`' for name in e.functions)} in `{e.file}` | section {e.section} |" for n, e in chosen.items()]
+    lines += [f"| {n} | {title} (open) | {task} | section 7 |" for n, (title, task, _) in SCORED.items()]
+    lines += ["", "The open exercises are scored by what the toy then does: `python -m tests.assignment --score 11`, a few minutes on a laptop."]
+    return "\n".join(lines) + "\n"
+
+
+def score(number):
+    """Run an open exercise in this folder, and print what counts."""
+    _, _, flags = SCORED[number]
+    out = ROOT / f"runs/exercise-{number}"
+    subprocess.run([sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite", "--out", str(out)], cwd=ROOT, check=True)
+    figures = json.loads((out / "results.json").read_text())["results"]["erased"]
+    print(f"Exercise {number}  " + ", ".join(f"{name} {100 * figures[name]['rate']:.0f} %" for name in (
+        "pre_attack_asr", "token_asr", "embedding_asr", "utility")))
+
+
+# --- grading
+
+def load_module(name, path):
+    """A file as a module of that name, without touching the module of its own name."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def references():
+    """{file: module} with the solutions: this project's own, or, in a student's copy, those of the zip."""
+    if not REFERENCE.is_file():
+        return {"advunlearn.py": importlib.import_module("advunlearn"), "sd_mini/schedule.py": importlib.import_module("sd_mini.schedule")}
+    if str(REFERENCE) not in sys.path:
+        sys.path.append(str(REFERENCE))
+    return {file: importlib.import_module("reference_" + Path(file).stem) for file in ("advunlearn.py", "sd_mini/schedule.py")}
+
+
+def students():
+    return {"advunlearn.py": importlib.import_module("advunlearn"), "sd_mini/schedule.py": importlib.import_module("sd_mini.schedule")}
+
+
+def lookup(module, name):
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+class Solution:
+    """What a check sees: the student's module, where the other exercises' functions are the reference's."""
+
+    def __init__(self, student, sd):
+        self.student, self.sd, self.schedule = student, sd, sd.schedule
+
+    def __getattr__(self, name):
+        return getattr(self.student, name)
+
+    def small(self, **changes):
+        return self.student.Config(**{**self.student.TOY, "model": "toy", "device": "cpu", "attack_steps": 2, "trajectories": 4,
+                                      "trajectory_steps": 4, "erase_batch": 4, "retain_batch": 2, "plain_share": 0.0, **changes})
+
+    def trainable(self, config):
+        return replace(self.sd, text_encoder=copy.deepcopy(self.sd.text_encoder))
+
+
+@contextlib.contextmanager
+def standing_in(number, student, reference, sd):
+    """The student's functions for exercise `number`, the reference's for the others -> Solution; undone afterwards."""
+    undo = []
+    for n, exercise in EXERCISES.items():
+        for name in exercise.functions:
+            source = student if n == number else reference
+            function = lookup(source[exercise.file], name)
+            owner = type(sd.schedule) if name.startswith("Schedule.") else student[exercise.file]
+            attribute = name.split(".")[-1]
+            undo.append((owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, function)
+    try:
+        yield Solution(student["advunlearn.py"], sd)
+    finally:
+        for owner, attribute, function in reversed(undo):
+            setattr(owner, attribute, function)
+
+
+def grade(number, student, reference, sd, seeds=(0, 1), whole=True):
+    """-> {check: None where it passes on all seeds, else what was expected}; unless `whole`, up to the first lost point."""
+    points = {}
+    with standing_in(number, student, reference, sd) as solution:
+        for check in CHECKS[number]:
+            points[check.__name__] = None
+            for seed in seeds:
+                try:
+                    check(solution, seed)
+                except Exception as error:  # a student's code may do anything
+                    points[check.__name__] = f"{error}" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                    break
+            if points[check.__name__] and not whole:
+                break
+    return points
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for the student's copy")
+    parser.add_argument("--only", default="", help="exercises, with commas")
+    parser.add_argument("--score", type=int, choices=list(SCORED), help="run an open exercise")
+    args = parser.parse_args()
+    if args.score:
+        return score(args.score)
+    if not args.out:
+        parser.error("give --out or --score")
+    only = [int(number) for number in args.only.split(",") if number]
+    if unknown := set(only) - set(EXERCISES):
+        parser.error(f"--only: there is no exercise {min(unknown)}")
+    make(args.out, only)
+    print(f"{args.out}: HANDOUT.md says the rest")
+
+
+if __name__ == "__main__":
+    main()

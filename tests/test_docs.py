@@ -1,0 +1,92 @@
+"""README.md and TUTORIAL.md cannot drift: what they name exists, and their commands and Python run (on a small budget)."""
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import advunlearn as au
+import sd_mini.checkpoint
+import sd_mini.judges
+import sd_mini.report
+import sd_mini.toy.train
+import sd_mini.weights
+
+from . import assignment, bench
+from .test_faults import cli
+from .test_run import FLAGS, ROOT
+
+DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "TUTORIAL.md")}
+COMMANDS = list(dict.fromkeys(line.strip() for text in DOCS.values() for line in re.findall(r"^    ((?:python|pip|pytest|KILLS).*)$", text, re.M)))
+METHOD = [part for command in COMMANDS for part in command.split(" && ") if part.startswith("python advunlearn.py")]
+MODULES = [au, sd_mini, sd_mini.checkpoint, sd_mini.judges, sd_mini.report, sd_mini.weights, sd_mini.pipeline.Schedule, sd_mini.toy.train,
+           sd_mini.StableDiffusion, au.Config, assignment, bench]
+
+
+def parsed(command):
+    """A documented command's flags as settings."""
+    return au.parse(shlex.split(command)[2:])
+
+
+@pytest.mark.parametrize("command", METHOD)
+def test_commands_of_the_method_parse(command):
+    if "--help" not in command:
+        parsed(command)
+
+
+def test_commands_of_the_method_run(tmp_path, monkeypatch):
+    """All that need no download, in the documents' order, in one folder, as a reader would; each on a small budget."""
+    monkeypatch.chdir(tmp_path)
+    here = {}
+    for command in METHOD:
+        if not re.search(r"--help|stable-diffusion|--judge", command):
+            here.setdefault(re.sub(r" --(out|seed) \S+", "", command), command)  # one of those that differ in these alone
+    done = set()
+    for command in here.values():
+        given = parsed(command)
+        small = {k: v for k, v in au.parse([*FLAGS, "--eval-steps", "2", "--steps", "2"]).items() if given.get("task") != "sample"}
+        small |= {"methods": ["ESD"]} if given.get("task") == "compare" else {}
+        out = given.get("out") or ("runs/church" if given.get("task", "train") == "train" else "")
+        again = {"overwrite": True} if out in done else {}
+        assert au.main({**given, **small, **again}) == 0, command
+        done.add(out)
+    assert len(here) >= 8
+
+
+def test_python_blocks_run(tmp_path):
+    blocks = [block for text in DOCS.values() for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
+    for block in blocks:
+        done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert blocks
+
+
+@pytest.mark.parametrize("name", DOCS)
+def test_what_is_named_exists(name):
+    text = re.sub(r"^```.*?^```", "", DOCS[name], flags=re.M | re.S)
+    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", text))
+    flags = {"--" + f.name.replace("_", "-") for f in au.fields(au.Config)} | {"--help", "--check", "--out", "--exercise", "--grade-seed",
+                                                                                "--only", "--score", "--index-url", "--model", "--seed"}
+    unknown_flags = set(re.findall(r"(--[a-z][\w-]*)", text)) - flags
+    assert not unknown_flags
+    literal = {"config", "input_ids", "embeddings", "main", "toy", "church", "t", "E", "p", "eta", "gamma", "alpha_bar", "noise", "guidance",
+               "eps_empty", "details", "token", "prompt", "label", "evaluation_seed", "evaluation_guidance", "diffusers", "huggingface_hub", "HF_HOME",
+               "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at", "pytest", "original", "matplotlib", "tqdm", "KILLS", "complete", "imagenet"}
+    settings = {f.name for f in au.fields(au.Config)}
+    exists = lambda word: (word in literal | settings or any(hasattr_path(module, word) for module in MODULES) or (ROOT / word).exists()
+                           or any(ROOT.glob(f"*/{word}")) or any(ROOT.glob(f"sd_mini/toy/{word}")) or word in RUN_FILES)
+    assert not {word for word in names if not exists(word)}
+    paths = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert all((ROOT / path).exists() for path in paths)
+
+
+RUN_FILES = {"samples.png", "losses.png", "results.json", "table.md", "compare.png", "tradeoff.png", "grade.json", "HANDOUT.md"}
+
+
+def hasattr_path(module, path):
+    for part in path.removeprefix("sd.").split("."):
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
