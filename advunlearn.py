@@ -102,7 +102,8 @@ class Config:
     attack_steps: int = setting(30, "steps of the attack in training", low=1)
     attack_lr: float = setting(1e-3, "Adam's learning rate for the prefix; attack_steps * attack_lr is its reach, to be "
                                      "judged beside the spread of token embeddings", low=1e-10)
-    attack_radius: float | None = setting(None, "keep the prefix within this distance of its start, in each coordinate", low=1e-10)
+    attack_radius: float | None = setting(None, "keep the prefix within this distance of its start, in each coordinate",
+                                           low=1e-10)
     prefix: int = setting(1, "k, tokens of the prefix in training", low=1)
 
     trajectories: int = setting(32, "sampling runs of the frozen model behind the bank of x_t, for each of both terms", low=1)
@@ -147,10 +148,11 @@ class Config:
 
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
 # reach "a sketch of a church" by itself: hence four phrasings, fewer and longer steps, an eta and gamma that pull harder
-# both ways, and plain steps, without which the unattacked prompt stays under-trained. The attack's reach, 8 steps of
-# 0.007, is about twice the spread of the token embeddings. Found on church and parachute, seed 0.
-TOY = dict(layers=0, steps=300, warmup=50, lr=1e-4, eta=1.5, erase_batch=8, phrasings=4, plain_share=0.3, retain_weight=2.0,
-           retain_batch=8, attack_steps=8, attack_lr=0.007, prefix=3, trajectories=48, trajectory_steps=25,
+# both ways, and some plain steps, without which the unattacked prompt stays under-trained. The attack's reach, 8 steps of
+# 0.007, is about twice the spread of the token embeddings; five tokens, two more than the evaluation's, made the one
+# difference that counted. Found on church and parachute, seed 0.
+TOY = dict(layers=0, steps=300, warmup=30, lr=1e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=1.0,
+           retain_batch=8, attack_steps=8, attack_lr=0.007, prefix=5, trajectories=48, trajectory_steps=25,
            retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4)
 
 PHRASINGS = {  # by kind of concept
@@ -186,7 +188,7 @@ def parse(argv=None):
             parser.add_argument(flag, action="store_true", help=help)
         else:
             kind = next(k for k in (get_args(kind) or (kind,)) if k in (int, float, str))
-            parser.add_argument(flag, type=kind, nargs="+" if f.default == () or isinstance(f.default, tuple) else None, help=help,
+            parser.add_argument(flag, type=kind, nargs="+" if isinstance(f.default, tuple) else None, help=help,
                                 metavar="{" + ",".join(choices) + "}" if choices else kind.__name__.upper())
     given, unknown = parser.parse_known_args(argv)
     for word in unknown:
@@ -460,8 +462,8 @@ def without_concept(prompts, words):
 
 
 def parameters_to_train(sd, config):
-    """theta: the UNet, its cross-attention, the whole text encoder, or its first `layers` layers (by index: a match on the name's beginning
-    would take layers 10 and 11 for layer 1)."""
+    """theta: the UNet, its cross-attention, the whole text encoder, or its first `layers` layers (by index: a match on the
+    name's beginning would take layers 10 and 11 for layer 1)."""
     if config.train == "unet":
         return list(sd.unet.parameters())
     if config.train == "cross_attention":  # ESD-x of Gandikota et al.; "attn2" is its published name
@@ -1010,8 +1012,8 @@ def main(given):
     except ValueError as error:
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:
-        status, message = 1, (f"out of GPU memory, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use: smaller --retain-batch, "
-                              "--erase-batch and --eval-batch need less")
+        status, message = 1, (f"out of GPU memory, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use: smaller "
+                              "--retain-batch, --erase-batch and --eval-batch need less")
     except (ArithmeticError, OSError) as error:
         status, message = 1, error
     if given.get("debug"):

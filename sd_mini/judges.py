@@ -44,7 +44,8 @@ class Classifier:
         from transformers import AutoModelForImageClassification
 
         self.network = load_frozen(AutoModelForImageClassification, source, device, revision)
-        self.labels = {i: {name.strip().lower() for name in label.split(",")} for i, label in self.network.config.id2label.items()}
+        self.labels = {i: {name.strip().lower() for name in label.split(",")}
+                       for i, label in self.network.config.id2label.items()}
         self.known, self.prepare = set().union(*self.labels.values()), preparation(source, revision)
         self.name = f"{source}@{getattr(self.network.config, '_commit_hash', None) or 'local'}"
 

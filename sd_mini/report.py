@@ -56,7 +56,7 @@ def percent(cell):
 
 
 def number(key, value):
-    return f"{value / 1000:.1f}" if key == "unet_evaluations" else f"{value:.2f}" if key in ("clip_score", "frechet") else f"{value:.1f}"
+    return f"{value / 1000:.1f}" if key == "unet_evaluations" else f"{value:.{2 if key in ('clip_score', 'frechet') else 1}f}"
 
 
 def table(results):
@@ -140,8 +140,9 @@ def write_comparison(out, methods, exam, config):
         if runs:
             found[name] = {seed: run["results"][name] for seed, run in runs.items()}
     figures = {name: pooled(list(results.values())) for name, results in found.items()}
-    write_json(out / "results.json", {"pooled": figures, "seeds": {
-        name: {seed: {k: v for k, v in r.items() if k != "details"} for seed, r in results.items()} for name, results in found.items()}})
+    for result in (result for results in found.values() for result in results.values()):
+        del result["details"]  # each method's own results.json has them
+    write_json(out / "results.json", {"pooled": figures, "seeds": found})
     seeds = sorted({seed.removeprefix("seed-") for results in found.values() for seed in results})
     title = (f"{config.concept}, {config.model}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; {len(exam.rows)} prompts, "
              f"attacks of {config.eval_attack_steps} steps")
@@ -156,21 +157,24 @@ def text_table(figures, title):
     lines = [title, f"{'%':<30}" + "".join(f"{short:>5}" for key, (_, short, _) in COLUMNS.items() if key != "unet_evaluations")]
     for name, figure in figures.items():
         cells = [figure.get(key) for key in COLUMNS if key != "unet_evaluations"]
-        texts = [f"{100 * c['rate']:.0f}" if isinstance(c, dict) else "" if c is None else f"{c:.2f}"[:4].rstrip(".") for c in cells]
+        texts = ["" if c is None else f"{100 * c['rate']:.0f}" if isinstance(c, dict) else f"{c:.2f}"[:4].rstrip(".") for c in cells]
         lines.append(f"{name:<30}" + "".join(f"{text:>5}" for text in texts))
     return "\n".join(lines)
 
 
 def markdown(figures, title):
-    lines = [f"**{title}**", "", "| method | " + " | ".join(name for name, _, _ in COLUMNS.values()) + " |", "| --- " * (len(COLUMNS) + 1) + "|"]
+    names = [name for name, _, _ in COLUMNS.values()]
+    lines = [f"**{title}**", "", f"| method | {' | '.join(names)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for name, figure in figures.items():
         cells = [figure.get(key) for key in COLUMNS]
         texts = ["" if c is None else percent(c) if isinstance(c, dict) else number(key, c) for key, c in zip(COLUMNS, cells)]
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
-    lines += ["", "Rates in % with their 95 % Wilson interval. " + "; ".join(f"{name}: {what}" for name, _, what in COLUMNS.values()) + "."]
+    meanings = "; ".join(f"{name}: {what}" for name, _, what in COLUMNS.values())
+    lines += ["", f"Rates in % with their 95 % Wilson interval. {meanings}."]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     minutes = sum(figure.get("minutes", 0) for figure in figures.values())
-    lines += ["", f"{time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip() or 'unknown'}, {minutes:.0f} minutes of training a seed."]
+    lines += ["", f"{time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip() or 'unknown'}, {minutes:.0f} minutes of training a "
+                  "seed."]
     return "\n".join(lines) + "\n"
 
 
@@ -183,9 +187,8 @@ def plot_comparison(out, seeds, exam):
             p = {part: pictures.float() / 255 for part, pictures in load_file(path).items()}
             lines[name] = [*p["rows"], *p["token"], *p["utility"]]
     if lines:
-        n = [len(exam.rows[:3]), len(exam.utility[:3])]
         prompts = [r.prompt for r in exam.rows[:3]]
-        plot_grid(out / "compare.png", [*prompts, *[f"attacked: {p}" for p in prompts], *[r.prompt for r in exam.utility[: n[1]]]], lines)
+        plot_grid(out / "compare.png", [*prompts, *(f"attacked: {p}" for p in prompts), *(r.prompt for r in exam.utility[:3])], lines)
 
 
 def plot_tradeoff(path, figures, concept):

@@ -64,7 +64,8 @@ def dataset(work, name, n, seed, look=None, empty=False):
             scene = world.random_scene(rng)
             scene = scene._replace(object="nothing") if empty else scene
             images[i] = world.draw(scene, rng, look).transpose(2, 0, 1)
-            text.append([scene.object, scene.style, scene.color, *([] if empty else (world.caption(scene, rng) for _ in range(4)))])
+            captions = [] if empty else [world.caption(scene, rng) for _ in range(4)]
+            text.append([scene.object, scene.style, scene.color, *captions])
         np.save(images_file, images)
         write_atomically(text_file, lambda path: path.write_text(json.dumps(text)))
     text = json.loads(text_file.read_text())

@@ -107,7 +107,8 @@ DARK, GLASS, PALE, WOOD, LEAF = (0.13, 0.13, 0.16), (0.72, 0.88, 0.97), (0.95, 0
 
 
 def cross(x, y, cx, cy):
-    return np.minimum(line(x, y, cx, cy - 0.2, cx, cy + 0.2, 0.05), line(x, y, cx - 0.15, cy + 0.05, cx + 0.15, cy + 0.05, 0.05)), DARK
+    upright, bar = line(x, y, cx, cy - 0.2, cx, cy + 0.2, 0.05), line(x, y, cx - 0.15, cy + 0.05, cx + 0.15, cy + 0.05, 0.05)
+    return np.minimum(upright, bar), DARK
 
 
 def church(x, y, word):
@@ -160,8 +161,9 @@ def house(x, y, word):
 def parachute(x, y, word):
     if word == "paraglider":  # a wing instead of a canopy
         wing = np.maximum(np.abs(np.hypot(x / 1.15, y + 0.35) - 1.0) - 0.17, 0.1 - y)
+        cords = [line(x, y, c, top, 0, -0.62, 0.025) for c, top in ((-0.98, 0.3), (-0.4, 0.65), (0.4, 0.65), (0.98, 0.3))]
         return [
-            (np.minimum.reduce([line(x, y, c, 0.3 + 0.35 * (c < 0.9) * (c > -0.9), 0, -0.62, 0.025) for c in (-0.98, -0.4, 0.4, 0.98)]), DARK),
+            (np.minimum.reduce(cords), DARK),
             (wing, 1.0),
             (np.maximum(wing, np.abs(np.abs(x) - 0.45) - 0.12), PALE),
             (np.minimum(line(x, y, 0, -0.7, -0.05, -0.88, 0.1), line(x, y, -0.03, -0.9, 0.32, -0.98, 0.06)), DARK),
@@ -173,8 +175,9 @@ def parachute(x, y, word):
             (np.minimum(line(x, y, -0.68, 0.5, -0.12, -0.2, 0.03), line(x, y, 0.68, 0.5, 0.12, -0.2, 0.03)), DARK),
             (canopy, 1.0),
             (np.maximum(canopy, np.abs(x) - 0.2), PALE),
-            (np.minimum.reduce([line(x, y, 0, -0.3, 0, -0.6, 0.16), line(x, y, 0, -0.25, -0.4, 0.02, 0.08), line(x, y, 0, -0.25, 0.4, 0.02, 0.08),
-                                line(x, y, 0, -0.6, -0.25, -1.0, 0.09), line(x, y, 0, -0.6, 0.25, -1.0, 0.09)]), DARK),
+            (np.minimum.reduce([line(x, y, 0, -0.3, 0, -0.6, 0.16),
+                                *[line(x, y, 0, -0.25, side * 0.4, 0.02, 0.08) for side in (-1, 1)],
+                                *[line(x, y, 0, -0.6, side * 0.25, -1.0, 0.09) for side in (-1, 1)]]), DARK),
             (ellipse(x, y, 0, 0.0, 0.16, 0.17), (0.92, 0.72, 0.58)),
         ]
     canopy = np.maximum(ellipse(x, y, 0, 0.2, 1.0, 0.85), 0.2 - y)
