@@ -899,14 +899,15 @@ def attempt(lab, config, out, name, sd=None):
     trained weights and losses, OUT/partial/NAME what a stopped run needs to go on."""
     started, before, history, folder = time.time(), lab.counted[0], None, out / "partial" / name
     folder.mkdir(parents=True, exist_ok=True)
+    whole = not any(folder.glob("checkpoint-*"))  # of a run that goes on, nobody has counted the beginning
     if sd is None:
         sd, history = train(lab.sd_o, lab.concepts, config, folder)
         sd_mini.save_part(getattr(sd, config.module), out / config.module, config.module)
         report.plot_losses(out / "losses.png", history, config.warmup)
-    training = {"minutes": (time.time() - started) / 60, "unet_evaluations": lab.counted[0] - before} if history else {}
+    training = {"minutes": (time.time() - started) / 60, "unet_evaluations": lab.counted[0] - before}
     drawn = lab.original if sd is lab.sd_o else draw_exam(sd, lab.exam, config)
     result, attacked = evaluate(sd, lab, drawn, config, folder)
-    return sd, {**result, **training}, {**drawn, **attacked}
+    return sd, {**result, **(training if history and whole else {})}, {**drawn, **attacked}
 
 
 def finish(out, lab, config, results):
