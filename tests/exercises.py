@@ -394,6 +394,25 @@ def loop_weighs_the_retain_loss_by_gamma(s, seed):
 
 
 @check(10)
+def loop_takes_fresh_gradients(s, seed):
+    """One latent to draw and theta all but still: every step must see the same gradient."""
+    config = s.small(seed=seed, steps=3, warmup=2, lr=1e-10, attack="none", trajectories=1, trajectory_steps=1, erase_batch=1,
+                     retain_batch=1)
+    seen, step = [], torch.optim.Adam.step
+
+    def spy(adam, *arguments):
+        seen.append(sum(p.grad.abs().sum().item() for group in adam.param_groups for p in group["params"] if p.grad is not None))
+        return step(adam, *arguments)
+
+    torch.optim.Adam.step = spy
+    try:
+        s.advunlearn(s.trainable(config), s.sd, ["church"], ["a boat"], config)
+    finally:
+        torch.optim.Adam.step = step
+    assert len(seen) == 3 and seen[2] < 1.5 * seen[0], "gradients pile up from one iteration to the next"
+
+
+@check(10)
 def loop_is_seeded(s, seed):
     a, b = (outer(s, seed, steps=3, warmup=1)[1] for _ in range(2))
     assert [tuple(row) for row in a] == [tuple(row) for row in b], "the same seed gives other losses"
