@@ -74,6 +74,9 @@ class Config:
     prompts: tuple[str, ...] = setting((), "what --task sample draws")
     out: str | None = setting(None, "folder for what a run leaves (default: runs/CONCEPT)")
     device: str | None = setting(None, "cpu or cuda (default: cuda where there is one)")
+    precision: str | None = setting(None, "of the networks that are not trained, fp32 or bf16; what is trained stays in fp32 "
+                                          "(default: bf16 on a GPU that has it)", ("fp32", "bf16"))
+    low_memory: bool = setting(False, "compute the UNet's activations again in the backward pass instead of keeping them")
     seed: int = setting(0, "seed of everything random in training and attacks", low=0, high=2**31 - 1)
     resume: bool = setting(False, "go on with the run that was begun in the folder")
     overwrite: bool = setting(False, "start anew where the folder holds a run")
@@ -350,7 +353,7 @@ def check_room(sd, prompts, k):
 def encode_with_prefix(sd, ids, delta):
     """ids (N, L) and prefix embeddings delta (N, k, D) -> context (N, L, D), with gradients to delta."""
     embeddings = sd.text_encoder.embeddings.token_embedding(ids)
-    return sd.text_encoder(embeddings=insert_prefix(embeddings, delta)).to(sd.dtype)
+    return sd.text_encoder(embeddings=insert_prefix(embeddings, delta))
 
 
 def attack_loss(sd, x_t, t, context, eps_c):
@@ -693,7 +696,7 @@ def attack_rows(sd, lab, which, attack, config):
     """
     rows, targets = [lab.exam.rows[i] for i in which], lab.original["rows"][which]
     generator, prompts = torch.Generator().manual_seed(config.seed), [r.prompt for r in rows]
-    ids, x_0 = check_room(sd, prompts, attack.k), sd.vae.encode(2 * targets.to(sd.dtype) - 1)
+    ids, x_0 = check_room(sd, prompts, attack.k), sd.vae.encode(2 * targets - 1)
 
     def loss_of(delta):
         t = torch.randint(sd.schedule.config["num_train_timesteps"], (len(ids),), generator=generator)
@@ -733,11 +736,11 @@ def inversion_attack(sd, rows, targets, words, attack, config):
     generator, star = torch.Generator().manual_seed(config.seed), sd.tokenizer("*").input_ids[1]
     name = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
     texts = [name.sub("*", r.prompt) if name.search(r.prompt) else f"* {r.prompt}" for r in rows]
-    ids, x_0 = check_room(sd, texts, 0), sd.vae.encode(2 * targets.to(sd.dtype) - 1)
+    ids, x_0 = check_room(sd, texts, 0), sd.vae.encode(2 * targets - 1)
     table = sd.text_encoder.embeddings.token_embedding.weight
 
     def encode(ids, v):
-        return sd.text_encoder(embeddings=torch.where((ids == star)[..., None], v, table[ids])).to(sd.dtype)
+        return sd.text_encoder(embeddings=torch.where((ids == star)[..., None], v, table[ids]))
 
     def loss_of(v):
         i = torch.randint(len(rows), (min(len(rows), config.eval_batch),), generator=generator)
@@ -806,14 +809,18 @@ def settings(given):
     """Flags -> a whole Config: what is given, over the toy's deviations, over the paper's values."""
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
-    why = "as asked" if given.get("model") else f"since there is {'a' if cuda else 'no'} CUDA device; --model chooses another"
+    why = "as asked" if given.get("model") else f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
     device = given.get("device") or ("cuda" if cuda else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not cuda):
         raise ValueError(f"--device {device}: " + ("choose from cpu, cuda, cuda:N" if device[:4] != "cuda" else
                                                    "there is no CUDA device; --device cpu works anywhere"))
-    print(f"model: {model} ({why}), on {device}")
+    bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = given.get("precision") or ("bf16" if bf16 else "fp32")
+    if precision == "bf16" and device != "cpu" and not bf16:
+        raise ValueError("--precision bf16: this GPU does not have it; --precision fp32 --low-memory works on any")
+    print(f"model: {model}, {why}; on {device} in {precision}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = Config(**{**(TOY if model.startswith("toy") else {}), **given, "device": device, "model": model})
+    config = Config(**{**(TOY if model.startswith("toy") else {}), **given, "device": device, "precision": precision, "model": model})
     for flag, value, other, limit in (("--warmup", config.warmup, "--steps", config.steps - 1),
                                       ("--eval-looks", config.eval_looks, "--eval-attack-steps", config.eval_attack_steps)):
         if value > limit:
@@ -822,7 +829,11 @@ def settings(given):
 
 
 def load_model(config):
-    return sd_mini.load(config.model, config.device, revision=config.revision, tokenizer=config.tokenizer)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    sd = sd_mini.load(config.model, config.device, dtype, config.revision, config.tokenizer)
+    if config.low_memory:
+        sd_mini.recompute_activations(sd.unet)
+    return sd
 
 
 def with_text_encoder(sd, config):
@@ -866,7 +877,7 @@ def training_prompts(concepts, config):
 
 def train(sd_o, concepts, config, folder=None):
     """-> the erased model, which shares with the original all but the module that is trained, and the losses."""
-    sd = replace(sd_o, **{config.module: copy.deepcopy(getattr(sd_o, config.module))})
+    sd = replace(sd_o, **{config.module: copy.deepcopy(getattr(sd_o, config.module)).float()})
     erase, retain, dropped = training_prompts(concepts, config)
     if dropped:
         print(f"not retained, since they name the concept: {', '.join(dropped)}")
@@ -941,8 +952,9 @@ def erase_or_score(config):
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
     finish(out, lab, config, results)
+    memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if config.device != "cpu" else ""
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}\n{lab.counted[0]:,} UNet evaluations, "
-          f"{time.time() - lab.started:.0f} s")
+          f"{time.time() - lab.started:.0f} s{memory}")
 
 
 def comparison(lab, config):
@@ -1013,7 +1025,7 @@ def main(given):
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:
         status, message = 1, (f"out of GPU memory, {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use: smaller "
-                              "--retain-batch, --erase-batch and --eval-batch need less")
+                              "--retain-batch, --erase-batch and --eval-batch, or --low-memory, need less")
     except (ArithmeticError, OSError) as error:
         status, message = 1, error
     if given.get("debug"):

@@ -29,6 +29,7 @@ class StableDiffusion:
 
     @property
     def dtype(self):
+        """The precision in which the UNet computes."""
         return self.unet.conv_in.weight.dtype
 
     @property
@@ -47,17 +48,18 @@ class StableDiffusion:
 
     def encode_prompt(self, prompts):
         """N prompts -> context (N, L, D)."""
-        return self.text_encoder(self.tokenize(prompts)).to(self.dtype)
+        return self.text_encoder(self.tokenize(prompts))
 
     def predict_noise(self, x_t, t, context):
-        """eps_theta(x_t | c): (B, 4, h, w), (B,) or scalar, (B, L, D) -> (B, 4, h, w)."""
-        out = self.unet(x_t, t, context)
+        """eps_theta(x_t | c): (B, 4, h, w), (B,) or scalar, (B, L, D) -> (B, 4, h, w), in float32 whatever the UNet's own
+        precision: what it says is a small part of x_t, and steps add up."""
+        out = self.unet(x_t.to(self.dtype), t, context.to(self.dtype)).float()
         return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
 
     def initial_noise(self, seeds):
         """One x_T per seed, (N, 4, h, w), drawn on the CPU: the same picture on every device, in every batch."""
         noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(noise).to(self.device, self.dtype)
+        return torch.stack(noise).to(self.device)
 
     def denoise(self, x_t, context, steps, guidance):
         """Guided DDIM from x_T, one step at a time; yields (t, x_t, eps_c, eps_empty) before each step, then
@@ -78,7 +80,7 @@ class StableDiffusion:
         `seed`, `guidance`: one for all, or a list with one per prompt; a picture depends on its own prompt, seed and
         guidance alone.
         """
-        context = self.encode_prompt(prompts) if context is None else context.to(self.dtype)
+        context = self.encode_prompt(prompts) if context is None else context
         seeds = [seed] * len(context) if isinstance(seed, int) else list(seed)
         for _, x_0, _, _ in self.denoise(self.initial_noise(seeds), context, steps, guidance):
             pass
@@ -87,4 +89,4 @@ class StableDiffusion:
     @torch.no_grad()
     def decode(self, z):
         """Latents (N, 4, h, w) -> pictures (N, 3, H, W) in [0, 1], float32."""
-        return (self.vae.decode(z).float() / 2 + 0.5).clamp(0, 1)
+        return (self.vae.decode(z) / 2 + 0.5).clamp(0, 1)

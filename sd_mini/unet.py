@@ -1,9 +1,11 @@
 """The noise predictor eps_theta(x_t | c): a UNet with cross-attention to the prompt, driven by its `config.json`."""
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from .blocks import Downsample, Level, ResnetBlock, Upsample
 
@@ -101,6 +103,14 @@ class UNet(nn.Module):
             if hasattr(block, "upsamplers"):
                 h = block.upsamplers[0](h)
         return self.conv_out(F.silu(self.conv_norm_out(h)))
+
+
+def recompute_activations(unet):
+    """Keep only what passes between the blocks; the backward pass computes the rest once more. Same gradients, a third
+    more time, a fraction of the memory (Chen et al. 2016)."""
+    for block in unet.modules():
+        if isinstance(block, (ResnetBlock, SpatialTransformer)):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class SpatialTransformer(nn.Module):

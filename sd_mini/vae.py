@@ -28,11 +28,11 @@ class VAE(nn.Module):
 
     def encode(self, image):
         """(B, 3, H, W) in [-1, 1] -> z (B, 4, h, w), the mean of q(z | image) times the scaling factor."""
-        return self.moments(image)[0] * self.scaling_factor
+        return self.moments(image.to(self.quant_conv.weight.dtype))[0].float() * self.scaling_factor
 
     def decode(self, z):
         """z (B, 4, h, w) as the UNet knows it -> picture (B, 3, H, W), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv(z / self.scaling_factor))
+        return self.decoder(self.post_quant_conv((z / self.scaling_factor).to(self.quant_conv.weight.dtype))).float()
 
 
 def middle(channels, groups):

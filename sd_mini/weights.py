@@ -33,7 +33,8 @@ def load(model="toy", device="cpu", dtype=torch.float32, revision=None, tokenize
 
     "toy", "toy-dusk" (the same, fine-tuned on another look), a folder in the diffusers layout, a single .safetensors
     file in the original layout, or a hub id such as "CompVis/stable-diffusion-v1-4", at `revision`. A single file takes
-    its tokenizer and configs from `tokenizer`, a folder or hub id (default: v1.4's).
+    its tokenizer and configs from `tokenizer`, a folder or hub id (default: v1.4's). `dtype` is the precision of UNet and
+    VAE; the text encoder, small and the part that is trained, stays in float32.
     Raises ValueError, in one line that names file and tensor, for anything missing, extra or wrongly shaped.
     """
     from transformers import CLIPTokenizer  # here, since importing it takes seconds
@@ -46,6 +47,7 @@ def load(model="toy", device="cpu", dtype=torch.float32, revision=None, tokenize
         folder, places = path, {"unet": TOY_UNETS.get(str(model), "unet")}
         check_pipeline(folder)
         parts = {part: load_part(folder / places.get(part, part), part, device, dtype) for part in PARTS}
+    parts["text_encoder"].float()
     schedule = Schedule(read_json(folder / "scheduler/scheduler_config.json"))
     tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"), clean_up_tokenization_spaces=False)
     return StableDiffusion(tokenizer, schedule=schedule, folder=folder, **parts)

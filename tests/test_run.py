@@ -167,5 +167,23 @@ def test_unet_evaluations_are_those_of_the_formula(sd, changes):
     assert bench.iterations(sd, fresh)[1] == pytest.approx(bench.schedule(fresh), rel=0.35)
 
 
+def test_low_memory_gives_the_same_losses_and_weights(sd):
+    frugal = replace(sd, unet=copy.deepcopy(sd.unet))
+    au.sd_mini.recompute_activations(frugal.unet)
+    (a, losses_a), (b, losses_b) = erase(sd, steps=3), erase(frugal, steps=3)
+    assert losses_a == losses_b and not changed(a.text_encoder, b.text_encoder)
+
+
+def test_half_precision_is_for_what_is_not_trained(sd):
+    half = au.load_model(replace(SMALL, precision="bf16"))
+    x_t, context = torch.randn(4, *sd.latent_shape, generator=torch.Generator().manual_seed(0)), sd.encode_prompt(["a church"] * 4)
+    exact, rounded = (model.predict_noise(x_t, 500, context) for model in (sd, half))
+    assert half.dtype == torch.bfloat16 and 0 < (rounded - exact).norm() / exact.norm() < 0.02
+    for train in ("text_encoder", "unet"):
+        trained, history = au.train(half, au.read_concepts("church"), replace(SMALL, train=train, steps=3, warmup=1, retain_weight=1.0))
+        assert all(p.dtype == torch.float32 for p in getattr(trained, train).parameters()) and len(history) == 3
+        assert trained.sample(["a church"], steps=2).isfinite().all()
+
+
 def test_default_run_takes_a_twelfth_of_the_published_evaluations():
     assert bench.schedule(replace(bench.PAPER, fresh_trajectories=True)) > 12 * bench.schedule(bench.PAPER)
