@@ -1002,13 +1002,16 @@ def sample(config):
     """--task sample: a row of pictures for the prompts given."""
     if not config.prompts:
         raise ValueError("--task sample: give --prompts")
-    rows = [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts]
-    out, sd = Path(config.out or "runs/sample"), with_text_encoder(load_model(config), config)
+    path = Path(config.out or "runs/sample") / "samples.png"
+    checkpoint.check_writable(path.parent)
+    if path.exists() and not config.overwrite:
+        raise ValueError(f"{path}: is there already; --overwrite replaces it, --out takes another folder")
+    sd = with_text_encoder(load_model(config), config)
     check_room(sd, config.prompts, 0)
-    pictures = draw_rows(sd, rows, config)
-    out.mkdir(parents=True, exist_ok=True)
-    report.plot_grid(out / "samples.png", config.prompts, {"": pictures})
-    print(out / "samples.png")
+    pictures = draw_rows(sd, [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts], config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report.plot_grid(path, config.prompts, {"": pictures})
+    print(path)
 
 
 def main(given):

@@ -150,10 +150,14 @@ def is_finished(out, config):
                              "--overwrite starts anew, --out takes another folder")
         if changes := differences(found["config"], config):
             raise ValueError(f"{out}: was run with other settings, so --resume cannot go on: {'; '.join(changes)}")
+    check_writable(out)
+    return finished.is_file() and not config["overwrite"]
+
+
+def check_writable(out):
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         raise ValueError(f"--out {out}: {there} is not a folder that can be written to")
-    return finished.is_file() and not config["overwrite"]
 
 
 def open_folder(out, config):

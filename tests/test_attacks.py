@@ -1,9 +1,12 @@
 """Prompts with a prefix, the simplex projection, and both attacks."""
+import copy
 import itertools
 import random
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import CLIPTokenizer
 
 import advunlearn as au
 
@@ -124,11 +127,21 @@ def test_attacks_leave_the_model_alone(sd, attacked, generator):
     assert all(torch.equal(a, b) and a.grad is None for a, b in zip(sd.text_encoder.parameters(), before))
 
 
+@pytest.fixture(scope="session")
+def other_tokenizer(sd):
+    """Padding of its own, "!" as in Stable Diffusion 2, and another context."""
+    tokenizer = CLIPTokenizer(str(sd.folder / "tokenizer/vocab.json"), str(sd.folder / "tokenizer/merges.txt"), pad_token="!")
+    encoder = replace(sd, tokenizer=tokenizer, text_encoder=copy.copy(sd.text_encoder))
+    encoder.text_encoder.config = {**sd.text_encoder.config, "max_position_embeddings": 17}
+    return encoder
+
+
+@pytest.mark.parametrize("model", ["sd", "other_tokenizer"])
 @pytest.mark.parametrize("seed", range(30))
-def test_any_prompt_and_prefix_keep_start_end_and_length(sd, seed):
+def test_any_prompt_and_prefix_keep_start_end_and_length(request, model, seed):
     """Prompts of any characters: the start stays first, then the prefix, then the prompt as it was with its end; what does
     not fit is refused, never cut."""
-    rng = random.Random(seed)
+    sd, rng = request.getfixturevalue(model), random.Random(seed)
     alphabet = ["church", "a", " ", "é", "⛪", "中", "ש", "<|endoftext|>", "\u200d", "'s", "12", "*"]
     prompt, k = "".join(rng.choices(alphabet, k=rng.randrange(0, 12))), rng.randrange(1, 9)
     ids = sd.tokenizer(prompt).input_ids

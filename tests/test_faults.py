@@ -261,6 +261,8 @@ BAD = [  # arguments -> what the line says
     ("--task evaluate --text-encoder {wide} --out {new}", "its width is 32"),
     ("--task evaluate --text-encoder {plain} --out {new}", "plain/config.json: not the config of a TextEncoder"),
     ("--task evaluate --text-encoder {empty} --out {new}", "empty/config.json: no such file"),
+    ("--task sample --prompts church --out {file}", "file is not a folder that can be written to"),
+    ("--precision fp16", "--precision 'fp16': choose from fp32, bf16"),
     ("--out {file}", "file is not a folder that can be written to"),
     ("--out /dev/null/x", "/dev/null is not a folder that can be written to"),
     *([] if torch.cuda.is_available() else [("--device cuda --out {new}", "there is no CUDA device")]),
@@ -294,6 +296,31 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     assert is_finished(out, {**config, "resume": True}) and not is_finished(out, {**config, "overwrite": True})
     open_folder(out, {**config, "overwrite": True})
     assert not (out / "results.json").exists()
+
+
+def test_a_picture_is_not_overwritten(tmp_path):
+    arguments = "--task", "sample", "--prompts", "a church", "--eval-steps", "1", "--out", str(tmp_path)
+    assert cli(*arguments)[0] == 0
+    status, line, _ = cli(*arguments, "--seed", "1")
+    assert status == 2 and "is there already; --overwrite replaces it" in line
+    assert cli(*arguments, "--overwrite")[0] == 0
+
+
+def test_half_precision_on_a_gpu_without_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    status, line, _ = cli("--precision", "bf16", "--model", "toy")
+    assert status == 2 and "--precision bf16: this GPU does not have it" in line
+
+
+def test_out_of_gpu_memory_says_what_lowers_it(monkeypatch, tmp_path):
+    def load_model(config):
+        raise torch.cuda.OutOfMemoryError
+
+    monkeypatch.setattr(au, "load_model", load_model)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**34)
+    status, line, _ = cli("--out", str(tmp_path / "new"))
+    assert status == 1 and "16.0 GiB in use" in line and "--low-memory" in line
 
 
 def test_concept_names_stay_inside_the_output_folder():
