@@ -229,7 +229,7 @@ import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import sd_mini  # noqa: E402
-from sd_mini import checkpoint, judges, report  # noqa: E402
+from sd_mini import checkpoint, judges, ranks, report  # noqa: E402
 
 # ----------------------------------------------------------------------------------------------------------- diffusion
 
@@ -309,11 +309,12 @@ def trajectory_bank(sd_o, prompts, config, seed):
     the published code samples with the UNet in training, so that its x_t drift as the concept fades; the bank's x_t stay
     those of the original model: where the concept is drawn, which is where it has to be erased.
     """
-    batches, turn = [], torch.arange(config.trajectories) % len(prompts)
-    for rows in tqdm(torch.arange(config.trajectories).split(config.eval_batch), "sampling the bank", leave=False):
-        latents = sample_latents(sd_o, [prompts[i] for i in turn[rows]], [seed + int(row) for row in rows], config)
-        batches.append(latents._replace(prompt=turn[rows][latents.prompt]))
-    bank = Latents(*map(torch.cat, zip(*batches)))
+    sampled, which = [], torch.arange(config.trajectories) % len(prompts)
+    batches = torch.arange(config.trajectories).split(config.eval_batch)
+    for rows in tqdm(batches[ranks.TURN], "sampling the bank", leave=False):
+        latents = sample_latents(sd_o, [prompts[i] for i in which[rows]], [seed + int(row) for row in rows], config)
+        sampled.append(latents._replace(prompt=which[rows][latents.prompt]))
+    bank = Latents(*map(torch.cat, zip(*ranks.exchange(sampled, len(batches), sd_o.device))))
     return lambda n, generator: bank.take(torch.randint(len(bank.t), (n,), generator=generator))
 
 
@@ -530,11 +531,12 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
                 context = encode_with_prefix(sd, ids[z.prompt], delta)
             target = esd_target(z.eps_c, z.eps_empty, config.eta)
             l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
-            r = draw_retain(config.retain_batch, generator)
-            l_retain = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c).mean()
+            r = draw_retain(config.retain_batch, generator).take(ranks.TURN)
+            l_retain = ranks.mean(retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c), config.retain_batch)
 
             optimizer.zero_grad()
             (l_erase + config.retain_weight * l_retain).backward()
+            ranks.average([l_retain.detach(), *(p.grad for p in theta)])
             history.append((l_erase.item(), l_attack, l_retain.item()))
             check_finite(history)
             optimizer.step()
@@ -668,8 +670,6 @@ def set_exam(sd_o, concepts, config):
 
 def draw_rows(sd, rows, config, context=None):
     """The rows' pictures (N, 3, H, W), each from its own prompt (or context), seed and guidance."""
-    if not rows:
-        return torch.empty(0)
     pictures = []
     for i in range(0, len(rows), config.eval_batch):
         batch = rows[i : i + config.eval_batch]
@@ -765,7 +765,12 @@ def invert_rows(sd, lab, which, attack, config):
 
 def draw_exam(sd, exam, config):
     """A model's pictures without attack, by the exam's parts."""
-    return {part: draw_rows(sd, getattr(exam, part), config) for part in ("rows", "paraphrases", "neighbours", "utility")}
+    parts = ("rows", "paraphrases", "neighbours", "utility")
+    rows = [row for part in parts for row in getattr(exam, part)]
+    batches = [rows[i : i + config.eval_batch] for i in range(0, len(rows), config.eval_batch)]
+    drawn = ranks.exchange([[draw_rows(sd, batch, config)] for batch in batches[ranks.TURN]], len(batches), sd.device)
+    pictures = torch.cat([batch for batch, in drawn]).split([len(getattr(exam, part)) for part in parts])
+    return dict(zip(parts, pictures))
 
 
 def evaluate(sd, lab, drawn, config, folder=None):
@@ -786,16 +791,19 @@ def evaluate(sd, lab, drawn, config, folder=None):
         result["clip_score"] = sum(scores) / len(scores)
         result["frechet"] = judges.frechet_distance(*(exam.judge.features(pictures["utility"]) for pictures in (original, drawn)))
 
-    pictures, left = {}, [i for i, d in enumerate(details["rows"]) if not d["shown"]]
+    left, jobs = [i for i, d in enumerate(details["rows"]) if not d["shown"]], {}
     for kind in config.eval_attacks:
-        attack, records, pictures[kind] = config.evaluation_attack(kind), [{} for _ in exam.rows], drawn["rows"].clone()
         run, size = (invert_rows, len(exam.rows)) if kind == "inversion" else (attack_rows, config.eval_batch)
         for i in range(0, len(left), size):
-            part = left[i : i + size]
-            found, attacked = checkpoint.remember(folder, f"{kind}-{i}", partial(run, sd, lab, part, attack, config))
-            pictures[kind][part] = attacked.to(sd.device)
-            for j, record in zip(part, found):
-                records[j] = record
+            jobs[f"{kind}-{i}"] = partial(run, sd, lab, left[i : i + size], config.evaluation_attack(kind), config)
+    pictures, answers = {}, checkpoint.remember(folder, jobs)
+    for kind in config.eval_attacks:
+        records, pictures[kind] = [{} for _ in exam.rows], drawn["rows"].clone()
+        found = [answers[name] for name in jobs if name.startswith(kind)]
+        for i, record in zip(left, (record for part, _ in found for record in part)):
+            records[i] = record
+        if left:
+            pictures[kind][left] = torch.cat([attacked for _, attacked in found]).to(sd.device)
         details[kind] = [{"prompt": r.prompt, "seed": r.seed, "without_attack": d["shown"], **record}
                          for r, d, record in zip(exam.rows, details["rows"], records)]
         result[f"{kind}_asr"] = report.rate([d["without_attack"] or d["broken"] for d in details[kind]])
@@ -818,6 +826,7 @@ def settings(given):
     precision = given.get("precision") or ("bf16" if bf16 else "fp32")
     if precision == "bf16" and device != "cpu" and not bf16:
         raise ValueError("--precision bf16: this GPU does not have it; --precision fp32 --low-memory works on any")
+    ranks.join(device)
     print(f"model: {model}, {why}; on {device} in {precision}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     config = Config(**{**(TOY if model.startswith("toy") else {}), **given, "device": device, "precision": precision, "model": model})
@@ -825,6 +834,8 @@ def settings(given):
                                       ("--eval-looks", config.eval_looks, "--eval-attack-steps", config.eval_attack_steps)):
         if value > limit:
             raise ValueError(f"{flag} {value}: must be {'below' if flag == '--warmup' else 'at most'} {other}")
+    if ranks.COUNT > config.retain_batch:
+        raise ValueError(f"--retain-batch {config.retain_batch}: is shared among {ranks.COUNT} processes, so at least as many")
     return config
 
 
@@ -912,8 +923,8 @@ def attempt(lab, config, out, name, sd=None):
     whole = not any(folder.glob("checkpoint-*"))  # of a run that goes on, nobody has counted the beginning
     if sd is None:
         sd, history = train(lab.sd_o, lab.concepts, config, folder)
-        sd_mini.save_part(getattr(sd, config.module), out / config.module, config.module)
-        report.plot_losses(out / "losses.png", history, config.warmup)
+        ranks.first(sd_mini.save_part, getattr(sd, config.module), out / config.module, config.module)
+        ranks.first(report.plot_losses, out / "losses.png", history, config.warmup)
     training = {"minutes": (time.time() - started) / 60, "unet_evaluations": lab.counted[0] - before}
     drawn = lab.original if sd is lab.sd_o else draw_exam(sd, lab.exam, config)
     result, attacked = evaluate(sd, lab, drawn, config, folder)
@@ -936,19 +947,23 @@ def erase_or_score(config):
         return print(f"{out}: is finished; --overwrite starts anew")
     lab = open_lab(config)
     erased = with_text_encoder(lab.sd_o, config) if config.task == "evaluate" else None
-    checkpoint.open_folder(out, asdict(config))
+    ranks.first(checkpoint.open_folder, out, asdict(config))
     print(f"{len(lab.exam.rows)} prompts are attacked in {config.eval_attack_steps} steps, before and after")
     results, pictures = {}, {}
     for name, model in (("original", lab.sd_o), ("erased", erased)):
         sd, results[name], pictures[name] = attempt(lab, config, out, name, model)
-        if config.save_images:
-            report.save_images(Path(config.save_images) / name, lab.exam, pictures[name])
     print(report.table(results))
+    ranks.first(leave, out, lab, config, sd, results, pictures)
 
+
+def leave(out, lab, config, sd, results, pictures):
+    """What a run leaves in its folder besides the weights; results.json last."""
     report.plot_samples(out / "samples.png", lab.exam, pictures, config.eval_attacks)
     if config.task == "train":
         card = report.model_card(config, results, lab.sd_o.folder, out / config.module)
         (out / "README.md").write_text(card, encoding="utf-8")
+    for name in pictures if config.save_images else ():
+        report.save_images(Path(config.save_images) / name, lab.exam, pictures[name])
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
     finish(out, lab, config, results)
@@ -990,11 +1005,11 @@ def compare(config):
         row = replace(config, methods=(), out=None, save_images=None, **(methods[name] or {}))
         folder = out / report.slug(name) / f"seed-{config.seed}"
         if not checkpoint.is_finished(folder, asdict(replace(row, resume=True))):
-            checkpoint.open_folder(folder, asdict(row))
+            ranks.first(checkpoint.open_folder, folder, asdict(row))
             _, result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)
-            report.save_thumbnails(folder, pictures)
-            finish(folder, lab, row, {name: result})
-        text = report.write_comparison(out, methods, lab.exam, config)
+            ranks.first(report.save_thumbnails, folder, pictures)
+            ranks.first(finish, folder, lab, row, {name: result})
+        text = ranks.first(report.write_comparison, out, methods, lab.exam, config)
     print(text)
 
 
@@ -1010,7 +1025,7 @@ def sample(config):
     check_room(sd, config.prompts, 0)
     pictures = draw_rows(sd, [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts], config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.plot_grid(path, config.prompts, {"": pictures})
+    ranks.first(report.plot_grid, path, config.prompts, {"": pictures})
     print(path)
 
 

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from . import ranks
+
 
 def write_atomically(path, write):
     """write(temporary path), flush it to the disk, then rename: at every moment the old file or the new one, whole."""
@@ -104,7 +106,7 @@ class Checkpoints:
     def keep(self, history):
         """Write the state when it is due, at the end, or when asked to stop."""
         i = len(history)
-        if not self.folder or not (i % self.every == 0 or i == self.steps or self.stop):
+        if not self.folder or ranks.RANK or not (i % self.every == 0 or i == self.steps or self.stop):
             return
         tensors = {f"parameter.{i}": p for i, p in enumerate(self.parameters)} | {"generator": self.generator.get_state()}
         for j, state in self.optimizer.state_dict()["state"].items():
@@ -116,16 +118,19 @@ class Checkpoints:
             raise KeyboardInterrupt
 
 
-def remember(folder, name, compute):
-    """compute() -> (JSON, tensor), kept in the folder and not computed again; with folder None, always computed."""
+def remember(folder, jobs):
+    """{name: compute}, compute() -> (JSON, tensor)  ->  {name: the same}, kept in the folder and not computed again; with
+    folder None, always computed. Several processes share the jobs, and the folder."""
     if folder is None:
-        return compute()
-    path = Path(folder) / f"{name}.safetensors"
-    if not path.is_file():
-        value, tensor = compute()
-        write_tensors(path, {"tensor": tensor}, value)
-    metadata, tensors = read_metadata_and_tensors(path)
-    return metadata, tensors["tensor"]
+        return {name: compute() for name, compute in jobs.items()}
+    paths = {name: Path(folder) / f"{name}.safetensors" for name in jobs}
+    for name in list(jobs)[ranks.TURN]:
+        if not paths[name].is_file():
+            value, tensor = jobs[name]()
+            write_tensors(paths[name], {"tensor": tensor}, value)
+    ranks.meet()
+    found = {name: read_metadata_and_tensors(path) for name, path in paths.items()}
+    return {name: (value, tensors["tensor"]) for name, (value, tensors) in found.items()}
 
 
 # --- the folder of a run: config and state in OUT/partial until it is finished, then OUT/results.json

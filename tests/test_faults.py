@@ -115,7 +115,7 @@ def test_attacks_are_remembered(tmp_path):
         calls.append(1)
         return [{"broken": True}], torch.ones(2, 3)
 
-    first, again = (remember(tmp_path, "token-0", compute) for _ in range(2))
+    first, again = (remember(tmp_path, {"token-0": compute})["token-0"] for _ in range(2))
     assert len(calls) == 1 and first[0] == again[0] == [{"broken": True}] and torch.equal(first[1], again[1])
 
 

@@ -1,6 +1,7 @@
 """The outer loop and the command line, end to end on a small budget."""
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import advunlearn as au
 
@@ -165,6 +167,20 @@ def test_unet_evaluations_are_those_of_the_formula(sd, changes):
     assert bench.iterations(sd, config)[1] == bench.schedule(config)
     fresh = replace(config, fresh_trajectories=True)
     assert bench.iterations(sd, fresh)[1] == pytest.approx(bench.schedule(fresh), rel=0.35)
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    def run(name, *launcher):
+        subprocess.run([sys.executable, *launcher, "advunlearn.py", "--concept", "church", *FLAGS, "--eval-batch", "2", "--out", str(tmp_path / name)],
+                       cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        results = json.loads((tmp_path / name / "results.json").read_text())["results"]["erased"]
+        return load_file(tmp_path / name / "text_encoder/model.safetensors"), {key: value for key, value in results.items() if key[:3] not in ("min", "une")}
+
+    one, figures = run("one")
+    two, again = run("two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
+    assert again.pop("clip_score") == pytest.approx(figures.pop("clip_score")) and again.pop("frechet") == pytest.approx(figures.pop("frechet"), rel=1e-3)
+    assert figures == again
 
 
 def test_low_memory_gives_the_same_losses_and_weights(sd):

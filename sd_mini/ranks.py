@@ -1,0 +1,70 @@
+"""Several GPUs: `torchrun --nproc-per-node=N advunlearn.py ...` starts N processes; alone, all of this does nothing.
+
+Each process holds the whole model and draws the same random numbers. What comes in batches is computed in turns and
+exchanged, gradients are averaged, and only process 0 prints and writes.
+"""
+import os
+import sys
+from functools import partialmethod
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+from tqdm import tqdm
+
+RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TURN = slice(RANK, None, COUNT)  # of a list of batches, those that are this process's
+
+
+def join(device):
+    """Meet the others; all but process 0 fall silent, errors excepted."""
+    if COUNT == 1 or dist.is_initialized():
+        return
+    if device != "cpu":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+        tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
+
+
+def exchange(mine, n, device):
+    """`mine`, a tuple of tensors for each item of this process's turn -> those of all n items, in order."""
+    if COUNT == 1:
+        return mine
+    mine, everything = iter(mine), []
+    for owner in (i % COUNT for i in range(n)):
+        data = b"" if owner != RANK else save({str(j): tensor.contiguous() for j, tensor in enumerate(next(mine))})
+        size = torch.tensor([len(data)], device=device)
+        dist.broadcast(size, owner)
+        sent = torch.frombuffer(bytearray(data.ljust(int(size))), dtype=torch.uint8).to(device)
+        dist.broadcast(sent, owner)
+        received = load(sent.cpu().numpy().tobytes())
+        everything.append([received[str(j)].to(device) for j in range(len(received))])
+    return everything
+
+
+def mean(values, n):
+    """This process's part in the mean of n values: the `average` of these parts over all processes is that mean."""
+    return COUNT * values.sum() / n
+
+
+def average(tensors):
+    """Replace each tensor by its average over all processes."""
+    if COUNT > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor.div_(COUNT))
+
+
+def meet():
+    """Wait for all processes."""
+    if COUNT > 1:
+        dist.barrier()
+
+
+def first(act, *arguments):
+    """Process 0 acts while the others wait -> its result, or None for the others."""
+    meet()
+    result = act(*arguments) if RANK == 0 else None
+    meet()
+    return result
