@@ -152,9 +152,9 @@ class Config:
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
 # reach "a sketch of a church" by itself: hence four phrasings, fewer and longer steps, an eta and gamma that pull harder
 # both ways, and some plain steps, without which the unattacked prompt stays under-trained. The attack's prefix is two
-# tokens longer than the evaluation's. Found on church and parachute, seed 0.
-TOY = dict(layers=0, steps=300, warmup=30, lr=1e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=1.0,
-           retain_batch=8, attack_steps=8, attack_lr=0.007, prefix=5, trajectories=48, trajectory_steps=25,
+# tokens longer than the evaluation's. Found on church (seeds 0, 1) and parachute (seed 0).
+TOY = dict(layers=0, steps=300, warmup=30, lr=1e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=4.0,
+           retain_batch=8, attack_steps=8, attack_lr=0.01, prefix=5, trajectories=48, trajectory_steps=25,
            retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4)
 
 PHRASINGS = {  # by kind of concept
