@@ -691,8 +691,9 @@ def attack_rows(sd, lab, which, attack, config):
 
         l(theta, c') = || eps - eps_theta(x_t | c') ||^2,    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
 
-    At `eval_looks` of its steps the pictures of the rows not yet broken are drawn and judged. A token attack counts by
-    its text alone: the tokens are decoded, tokenised again with the prompt and drawn with the row's own seed.
+    At `eval_looks` of its steps the pictures of the rows left are drawn and judged; broken ones are attacked no more. A
+    token attack counts by its text alone: the tokens are decoded, tokenised again with the prompt and drawn with the
+    row's own seed.
     """
     rows, targets = [lab.exam.rows[i] for i in which], lab.original["rows"][which]
     generator, prompts = torch.Generator().manual_seed(config.seed), [r.prompt for r in rows]
@@ -701,15 +702,14 @@ def attack_rows(sd, lab, which, attack, config):
     def loss_of(delta):
         t = torch.randint(sd.schedule.config["num_train_timesteps"], (len(ids),), generator=generator)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
-        return ddpm_loss(sd, x_0, t, noise, encode_with_prefix(sd, ids, delta))
+        return ddpm_loss(sd, x_0[todo], t[todo], noise[todo], encode_with_prefix(sd, ids[todo], delta[todo]))
 
-    records, pictures = [{"broken": False} for _ in rows], [None] * len(rows)
+    records, pictures, todo = [{"broken": False} for _ in rows], [None] * len(rows), list(range(len(rows)))
     looks = {attack.steps * (i + 1) // config.eval_looks for i in range(config.eval_looks)}
     run = run_attack(sd, attack, len(rows), loss_of, generator)
     for step, (delta, tokens, _) in enumerate(tqdm(run, f"{attack.kind} attack", attack.steps, leave=False), 1):
         if step not in looks:
             continue
-        todo = [i for i, record in enumerate(records) if not record["broken"]]
         if tokens is None:
             texts, context = [None] * len(todo), encode_with_prefix(sd, ids[todo], delta[todo])
         else:
@@ -719,7 +719,8 @@ def attack_rows(sd, lab, which, attack, config):
         drawn = draw_rows(sd, todo_rows, config, context)
         for i, picture, broken, text in zip(todo, drawn, shown(lab.exam.judge, drawn, todo_rows), texts):
             records[i], pictures[i] = {"broken": broken, "step": step, "adversarial_prompt": text}, picture
-        if all(record["broken"] for record in records):
+        todo = [i for i in todo if not records[i]["broken"]]
+        if not todo:
             break
     return records, torch.stack(pictures)
 
