@@ -1,5 +1,6 @@
 """The exam, the judges, the inversion attack and the comparison, on a small budget: the machinery, not the order of the
 figures."""
+import copy
 import json
 from dataclasses import replace
 
@@ -68,6 +69,24 @@ def test_inversion_lowers_the_loss_and_replaces_the_name_alone(sd):
     plain = table[sd.tokenize(["a photo of a church", "* a boat"])]
     differ = (start != plain).any(-1)
     assert differ.nonzero().tolist() == [[0, 5], [1, 1]] and torch.equal(start[0, 5], start[1, 1])
+
+
+@pytest.mark.parametrize("kind", ["token", "embedding"])
+def test_broken_rows_are_attacked_no_more(sd, kind):
+    """A judge that sees the concept in all but the last picture: after the first of two looks one row is left."""
+    class Judge:
+        def names(self, pictures):
+            return [{"church"}] * (len(pictures) - 1) + [set()]
+
+    rows = [au.Row("a church", seed, 1.0, "church") for seed in range(3)]
+    exam = au.Exam(rows, [], [], [], Judge(), None)
+    lab = au.Lab([], sd, exam, {"rows": torch.rand(3, 3, 64, 64)}, [0], 0.0)
+    config = replace(SMALL, eval_looks=2, eval_steps=1)
+    spied = replace(sd, unet=copy.deepcopy(sd.unet))
+    counted = au.count_evaluations(spied)
+    records, pictures = au.attack_rows(spied, lab, [0, 1, 2], au.Attack(kind, 4, 0.01, 2), config)
+    assert [r["broken"] for r in records] == [True, True, False] and [r["step"] for r in records] == [2, 2, 4] and len(pictures) == 3
+    assert counted[0] == 3 * (2 * 3 + 2 * 1) + 2 * (3 + 1)  # steps, forward and backward; looks, guided
 
 
 def test_frechet_distance_is_the_closed_form():
