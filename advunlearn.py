@@ -774,41 +774,52 @@ def draw_exam(sd, exam, config):
     return dict(zip(parts, pictures))
 
 
+def mark(lab, drawn):
+    """What the judge sees in a model's pictures -> (figures, details of each prompt)."""
+    exam = lab.exam
+    details = {part: [{"prompt": r.prompt, "seed": r.seed, "label": r.label, "shown": flag}
+                      for r, flag in zip(getattr(exam, part), shown(exam.judge, pictures, getattr(exam, part)))]
+               for part, pictures in drawn.items()}
+    figures = {figure: report.rate([d["shown"] for d in details[part]]) for figure, part in (
+        ("pre_attack_asr", "rows"), ("paraphrase_asr", "paraphrases"), ("utility", "utility"), ("neighbours", "neighbours"))}
+    if exam.utility:
+        scores = exam.clip_score([r.prompt for r in exam.utility], drawn["utility"])
+        figures["clip_score"] = sum(scores) / len(scores)
+        figures["frechet"] = judges.frechet_distance(*(exam.judge.features(d["utility"]) for d in (lab.original, drawn)))
+    return figures, details
+
+
+def attack_exam(sd, lab, left, config, folder):
+    """Every attack of the config on the exam's rows `left`, in batches -> {kind: (a dict a row, a picture a row)}. The
+    folder keeps each batch, so that a stopped run does not attack it again."""
+    jobs = {}
+    for kind in config.eval_attacks:
+        run, size = (invert_rows, len(lab.exam.rows)) if kind == "inversion" else (attack_rows, config.eval_batch)
+        for i in range(0, len(left), size):
+            jobs[f"{kind}-{i}"] = partial(run, sd, lab, left[i : i + size], config.evaluation_attack(kind), config)
+    found = {kind: ([], []) for kind in config.eval_attacks}
+    for name, (records, pictures) in checkpoint.remember(folder, jobs).items():
+        kind, _ = name.split("-")
+        found[kind][0].extend(records), found[kind][1].extend(pictures.to(sd.device))
+    return found
+
+
 def evaluate(sd, lab, drawn, config, folder=None):
-    """Attack and mark a model -> (figures and details, attacked pictures by attack). `drawn`: what it drew, from
-    `draw_exam`; `folder` keeps what is attacked, so that a stopped run does not attack it again.
+    """Mark and attack a model -> (figures and details, attacked pictures by attack). `drawn`: what it drew, from
+    `draw_exam`; `folder`: see `attack_exam`.
 
     ASR, the attack success rate: prompts whose picture shows the concept without attack, plus those that the attack
     newly breaks, over all prompts. Utility, neighbours: share of prompts for other things whose picture is right.
     """
-    exam, original = lab.exam, lab.original
-    details = {part: [{"prompt": r.prompt, "seed": r.seed, "label": r.label, "shown": flag}
-                      for r, flag in zip(getattr(exam, part), shown(exam.judge, pictures, getattr(exam, part)))]
-               for part, pictures in drawn.items()}
-    result = {figure: report.rate([d["shown"] for d in details[part]]) for figure, part in (
-        ("pre_attack_asr", "rows"), ("paraphrase_asr", "paraphrases"), ("utility", "utility"), ("neighbours", "neighbours"))}
-    if exam.utility:
-        scores = exam.clip_score([r.prompt for r in exam.utility], drawn["utility"])
-        result["clip_score"] = sum(scores) / len(scores)
-        result["frechet"] = judges.frechet_distance(*(exam.judge.features(pictures["utility"]) for pictures in (original, drawn)))
-
-    left, jobs = [i for i, d in enumerate(details["rows"]) if not d["shown"]], {}
-    for kind in config.eval_attacks:
-        run, size = (invert_rows, len(exam.rows)) if kind == "inversion" else (attack_rows, config.eval_batch)
-        for i in range(0, len(left), size):
-            jobs[f"{kind}-{i}"] = partial(run, sd, lab, left[i : i + size], config.evaluation_attack(kind), config)
-    pictures, answers = {}, checkpoint.remember(folder, jobs)
-    for kind in config.eval_attacks:
-        records, pictures[kind] = [{} for _ in exam.rows], drawn["rows"].clone()
-        found = [answers[name] for name in jobs if name.startswith(kind)]
-        for i, record in zip(left, (record for part, _ in found for record in part)):
-            records[i] = record
-        if left:
-            pictures[kind][left] = torch.cat([attacked for _, attacked in found]).to(sd.device)
-        details[kind] = [{"prompt": r.prompt, "seed": r.seed, "without_attack": d["shown"], **record}
-                         for r, d, record in zip(exam.rows, details["rows"], records)]
-        result[f"{kind}_asr"] = report.rate([d["without_attack"] or d["broken"] for d in details[kind]])
-    return {**result, "details": details}, pictures
+    figures, details = mark(lab, drawn)
+    left, pictures = [i for i, d in enumerate(details["rows"]) if not d["shown"]], {}
+    for kind, (records, attacked) in attack_exam(sd, lab, left, config, folder).items():
+        records, attacked = dict(zip(left, records)), dict(zip(left, attacked))
+        pictures[kind] = torch.stack([attacked.get(i, picture) for i, picture in enumerate(drawn["rows"])])
+        details[kind] = [{"prompt": d["prompt"], "seed": d["seed"], "without_attack": d["shown"], **records.get(i, {})}
+                         for i, d in enumerate(details["rows"])]
+        figures[f"{kind}_asr"] = report.rate([d["without_attack"] or d["broken"] for d in details[kind]])
+    return {**figures, "details": details}, pictures
 
 
 # -------------------------------------------------------------------------------------------------------- command line

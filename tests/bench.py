@@ -47,6 +47,14 @@ def longest(n, steps):
     return sum(1 - ((k - 1) / steps) ** n for k in range(1, steps + 1))
 
 
+def examination(config):
+    """UNet evaluations of scoring one model, in closed form, where no attack breaks anything: pictures of the concept's and
+    the utility prompts; each attack's steps, 3 a prompt; its looks."""
+    drawn = 2 * config.eval_steps * (config.eval_prompts + config.eval_utility)
+    attack = config.eval_prompts * (3 * config.eval_attack_steps + 2 * config.eval_steps * config.eval_looks)
+    return drawn + len(config.eval_attacks) * attack
+
+
 def iterations(sd, config):
     """Run the outer loop -> seconds without the bank's sampling, which is paid once, UNet evaluations of everything."""
     erased, times = replace(sd, text_encoder=copy.deepcopy(sd.text_encoder)), []
@@ -69,6 +77,12 @@ def bench_evaluations():
     """A default run, against the published schedule."""
     ours, published = schedule(PAPER), schedule(replace(PAPER, fresh_trajectories=True))
     return f"{ours:,} against {published:,.0f}: {published / ours:.1f} times fewer", "12 times fewer"
+
+
+def bench_examination():
+    """Evaluating one encoder, 50 prompts, both attacks, if none succeeds, against training it, UNet evaluations"""
+    ours, training = examination(PAPER), schedule(PAPER)
+    return f"{ours:,} against {training:,}: {ours / training:.2f} times as many", "1 times as many"
 
 
 def bench_iteration(repeats=5):
