@@ -44,31 +44,27 @@ class UNet(nn.Module):
 
         self.down_blocks = nn.ModuleList()
         c, skips = widths[0], [widths[0]]  # `skips`: the width of each output that the way up will want back
-        for level, kind in enumerate(config["down_block_types"]):
-            resnets, last = [], level == len(widths) - 1
-            for _ in range(layers):
-                resnets.append(resnet(c, widths[level]))
-                c = widths[level]
-            skips += [c] * (layers if last else layers + 1)
+        for level, (width, kind) in enumerate(zip(widths, config["down_block_types"])):
+            last = level == len(widths) - 1
             self.down_blocks.append(Level(
-                resnets=resnets,
+                resnets=[resnet(c_in, width) for c_in in [c] + [width] * (layers - 1)],
                 attentions=[attention(level) for _ in range(layers)] if kind == "CrossAttnDownBlock2D" else [],
-                downsamplers=[] if last else [Downsample(c)],
+                downsamplers=[] if last else [Downsample(width)],
             ))
+            skips += [width] * (layers if last else layers + 1)
+            c = width
 
         self.mid_block = Level(resnets=[resnet(c, c), resnet(c, c)], attentions=[attention(-1)])
 
         self.up_blocks = nn.ModuleList()
         for level, kind in zip(reversed(range(len(widths))), config["up_block_types"]):
-            resnets = []
-            for _ in range(layers + 1):
-                resnets.append(resnet(c + skips.pop(), widths[level]))
-                c = widths[level]
+            width = widths[level]
             self.up_blocks.append(Level(
-                resnets=resnets,
+                resnets=[resnet(c_in + skips.pop(), width) for c_in in [c] + [width] * layers],
                 attentions=[attention(level) for _ in range(layers + 1)] if kind == "CrossAttnUpBlock2D" else [],
-                upsamplers=[Upsample(c)] if level else [],
+                upsamplers=[Upsample(width)] if level else [],
             ))
+            c = width
 
         self.conv_norm_out = nn.GroupNorm(groups, c, eps)
         self.conv_out = nn.Conv2d(c, config["out_channels"], 3, padding=1)

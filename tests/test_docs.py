@@ -67,7 +67,7 @@ def test_what_is_named_exists(name):
     text = re.sub(r"^```.*?^```", "", DOCS[name], flags=re.M | re.S)
     names = set(re.findall(r"`([A-Za-z_][\w.]*)`", text))
     flags = {"--" + f.name.replace("_", "-") for f in au.fields(au.Config)} | {"--help", "--check", "--out", "--exercise", "--grade-seed",
-                                                                                "--only", "--score", "--index-url", "--model", "--seed"}
+                                                                                "--only", "--score", "--nproc-per-node", "--index-url", "--model", "--seed"}
     unknown_flags = set(re.findall(r"(--[a-z][\w-]*)", text)) - flags
     assert not unknown_flags
     literal = {"config", "input_ids", "embeddings", "main", "toy", "church", "t", "E", "p", "eta", "gamma", "alpha_bar", "noise", "guidance",
