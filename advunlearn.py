@@ -9,14 +9,17 @@ model behind it, `sd_mini`, is used through four calls: encode a prompt, predict
 
 Glossary
     theta, theta_o  the weights in training; the original, frozen ones. In code: the models `sd` and `sd_o`
-    eps             Gaussian noise; eps_theta(x_t | c) is the noise that the model sees in x_t, given the prompt c
+    eps             Gaussian noise; eps_theta(x_t | c) is the noise that the model sees in x_t, given the prompt c; eps_o
+                    is what the original model sees
     x_0, x_t, t     a picture's latents (4, h, w); the same with noise of time step t in [0, 1000) added
     alpha_bar_t     how much of x_0 is left in x_t
-    c, c*, empty    the concept's prompt; the same with an adversarial prefix; the empty prompt
+    c, c', c*       the concept's prompt; the same with some prefix; with the worst prefix that the attack finds
+    empty, r        the empty prompt; a retain prompt, for something else
     delta           the prefix as embeddings (k, D), one row a token; p: the prefix as k distributions over the vocabulary
     eta             how far ESD pushes away from the concept
     gamma           the weight of the retain loss
-    N, L, D, k      prompts in a batch, context length in tokens, embedding width, tokens of the prefix
+    N, L, D, k, V   prompts in a batch, context length in tokens, embedding width, tokens of the prefix, of the vocabulary
+    || . ||^2       in all losses the mean over coordinates, so that they compare across sizes
 """
 from __future__ import annotations
 
@@ -38,6 +41,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, get_args, get_type_hints
+from zlib import crc32
 
 # ------------------------------------------------------------------------------------------------------------ settings
 
@@ -58,7 +62,8 @@ class Attack(NamedTuple):
 
 @dataclass
 class Config:
-    """Every setting is a flag, `--erase-batch 4` for `erase_batch`; the defaults are the paper's."""
+    """Every setting is a flag, `--erase-batch 4` for `erase_batch`. Training's defaults are the paper's; an evaluation
+    attack takes 200 steps, where UnlearnDiffAtk's takes up to 40 at each of 50 time steps."""
 
     concept: str = setting("church", "what to erase, several with commas; prompts/concepts.csv has settings for some")
     task: str = setting("train", "train: erase, then evaluate; evaluate: score --text-encoder; compare: erase in the ways of "
@@ -72,7 +77,8 @@ class Config:
     text_encoder: str | None = setting(None, "a text encoder to put in place of the model's own: a folder, or a hub id with "
                                              "a sub-folder, OPTML-Group/AdvUnlearn:church_unlearned")
     prompts: tuple[str, ...] = setting((), "what --task sample draws")
-    out: str | None = setting(None, "folder for what a run leaves (default: runs/CONCEPT)")
+    out: str | None = setting(None, "folder for what a run leaves (default: runs/CONCEPT, runs/CONCEPT-evaluate, "
+                                    "runs/CONCEPT-compare or runs/sample)")
     device: str | None = setting(None, "cpu or cuda (default: cuda where there is one)")
     precision: str | None = setting(None, "of the networks that are not trained, fp32 or bf16; what is trained stays in fp32 "
                                           "(default: bf16 on a GPU that has it)", ("fp32", "bf16"))
@@ -109,8 +115,9 @@ class Config:
                                            low=1e-10)
     prefix: int = setting(1, "k, tokens of the prefix in training", low=1)
 
-    trajectories: int = setting(32, "sampling runs of the frozen model behind the bank of x_t, for each of both terms", low=1)
-    trajectory_steps: int = setting(50, "DDIM steps of each", low=1, high=1000)
+    trajectories: int = setting(32, "sampling runs of the frozen model behind the bank of x_t, for each of both terms; at "
+                                    "least one for each prompt", low=1)
+    trajectory_steps: int = setting(50, "DDIM steps of each", low=1, high=500)
     trajectory_guidance: float = setting(3.0, "guidance of each", low=0)
     fresh_trajectories: bool = setting(False, "sample anew for every x_t, as the published code does, instead of the bank")
 
@@ -120,9 +127,9 @@ class Config:
     eval_attacks: tuple[str, ...] = setting(("token", "embedding"), "attacks in evaluation",
                                               ("token", "embedding", "inversion"))
     eval_set: str | None = setting(None, "CSV of the prompts to attack (default: prompts/CONCEPT.csv, or from templates)")
-    eval_prompts: int = setting(50, "prompts of the concept to attack", low=1)
+    eval_prompts: int = setting(50, "prompts of the concept to attack; and at most as many paraphrases and neighbours", low=1)
     eval_utility: int = setting(60, "held-out prompts without the concept, for utility", low=1)
-    eval_steps: int = setting(50, "DDIM steps of the pictures that are judged", low=1, high=1000)
+    eval_steps: int = setting(50, "DDIM steps of the pictures that are judged", low=1, high=500)
     eval_prefix: int = setting(3, "k, tokens of the prefix in evaluation", low=1)
     eval_attack_steps: int = setting(200, "steps of each attack in evaluation", low=1)
     eval_looks: int = setting(5, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
@@ -301,7 +308,8 @@ def sample_latents(sd_o, prompts, seeds, config, stop=None):
 
 
 def trajectory_bank(sd_o, prompts, config, seed):
-    """All latents of `config.trajectories` sampling runs, the prompts taking turns -> draw(n, generator) -> Latents.
+    """All latents of `config.trajectories` sampling runs, the prompts taking turns, each at least once -> draw(n,
+    generator) -> Latents.
 
     The published code makes a new sampling run of 1 to 50 guided steps for every single attack step and outer step. But
     neither x_t nor eps_o depends on the text encoder in training: run them once, draw from them ever after. The same x_t
@@ -309,8 +317,8 @@ def trajectory_bank(sd_o, prompts, config, seed):
     the published code samples with the UNet in training, so that its x_t drift as the concept fades; the bank's x_t stay
     those of the original model: where the concept is drawn, which is where it has to be erased.
     """
-    sampled, which = [], torch.arange(config.trajectories) % len(prompts)
-    batches = torch.arange(config.trajectories).split(config.eval_batch)
+    runs = torch.arange(max(config.trajectories, len(prompts)))
+    sampled, which, batches = [], runs % len(prompts), runs.split(config.eval_batch)
     for rows in tqdm(batches[ranks.TURN], "sampling the bank", leave=False):
         latents = sample_latents(sd_o, [prompts[i] for i in which[rows]], [seed + int(row) for row in rows], config)
         sampled.append(latents._replace(prompt=which[rows][latents.prompt]))
@@ -325,7 +333,7 @@ def fresh_trajectories(sd_o, prompts, config):
         stop = torch.randint(config.trajectory_steps, (n,), generator=generator)
         seeds = torch.randint(2**31, (n,), generator=generator).tolist()
         latents = sample_latents(sd_o, [prompts[i] for i in prompt], seeds, config, stop)
-        return latents._replace(prompt=prompt[latents.prompt])
+        return latents.take(latents.prompt.argsort())._replace(prompt=prompt)  # they come by noise level; back in order
     return draw
 
 
@@ -370,15 +378,15 @@ def embedding_attack(table, start, loss_of, attack):
 
     table (V, D) token embeddings, start (N, k) ids to begin at, loss_of(delta) -> (N,). Yields, at each step, delta
     (N, k, D) and the losses (N,) before the step. Kind "fast": steps of lr * sign(gradient) instead of Adam's. The
-    published code has no radius; steps * lr bounds it there, to be judged beside the spread of `table`. Gradients are
-    fresh at each step (there they pile up).
+    published code has no radius; steps * lr is about how far Adam can go, to be judged beside the spread of `table`.
+    Gradients are fresh at each step (there they pile up).
     """
     delta_0 = table[start].detach().float()
     delta = delta_0.clone().requires_grad_(True)
     adam = torch.optim.Adam([delta], lr=attack.lr)
     for _ in range(attack.steps):
         losses = loss_of(delta)
-        delta.grad, = torch.autograd.grad(losses.sum(), delta)
+        delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         with torch.no_grad():
             if attack.kind == "fast":
                 delta -= attack.lr * delta.grad.sign()
@@ -403,7 +411,8 @@ def project_simplex(v):
 @lru_cache(maxsize=4)
 def legal_tokens(tokenizer):
     """Ids (V',) of the tokens that survive as text: printable, and, decoded and tokenised again, themselves."""
-    ids = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
+    special = set(tokenizer.all_special_ids)
+    ids = [i for i in range(len(tokenizer)) if i not in special]
     texts = tokenizer.batch_decode([[i] for i in ids])
     return torch.tensor([i for i, text, row in zip(ids, texts, tokenizer(texts).input_ids)
                          if text.isprintable() and row[1:-1] == [i]])
@@ -427,7 +436,7 @@ def token_attack(table, legal, n, loss_of, attack, generator):
         drawn = torch.multinomial(p.detach().flatten(0, 1).cpu(), 1, generator=generator).view(n, attack.k)
         soft = p @ table
         losses = loss_of(table[drawn.to(table.device)] + soft - soft.detach())
-        p.grad, = torch.autograd.grad(losses.sum(), p)
+        p.grad = torch.autograd.grad(losses.sum(), p)[0]
         adam.step()
         with torch.no_grad():
             p.copy_(project_simplex(p))
@@ -450,8 +459,8 @@ def run_attack(sd, attack, n, loss_of, generator):
 
 
 def retain_loss(sd, x_t, t, context, eps_r):
-    """|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2 -> (N,): for other prompts r, stay what you were. Without it the
-    attack drives the model to forget everything (the paper's "image quality")."""
+    """|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2 -> (N,): for other prompts r, stay what you were. Without it adversarial
+    training ruins the pictures of everything else (the paper's FID)."""
     return squared_error(sd.predict_noise(x_t, t, context), eps_r)
 
 
@@ -498,8 +507,8 @@ def check_finite(history):
     """A loss that is not finite ends the run: it is never averaged away."""
     if not all(math.isfinite(loss) for loss in history[-1] if loss is not None):
         losses = ", ".join(f"{name} {loss}" for name, loss in zip(LOSSES, history[-1]))
-        raise ArithmeticError(f"iteration {len(history) - 1}: a loss is not finite ({losses}); the last checkpoint is whole: try "
-                              "a smaller --lr or --attack-lr")
+        raise ArithmeticError(f"iteration {len(history) - 1}: a loss is not finite ({losses}); the last checkpoint is whole; "
+                              "--overwrite starts anew, with a smaller --lr or --attack-lr")
 
 
 def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
@@ -532,18 +541,19 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
             target = esd_target(z.eps_c, z.eps_empty, config.eta)
             l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
             r = draw_retain(config.retain_batch, generator).take(ranks.TURN)
-            l_retain = ranks.mean(retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c), config.retain_batch)
+            losses = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c)
+            l_retain = ranks.mean(losses, config.retain_batch)
 
             optimizer.zero_grad()
             (l_erase + config.retain_weight * l_retain).backward()
-            ranks.average([l_retain.detach(), *(p.grad for p in theta)])
+            ranks.average([l_retain.detach(), *(p.grad for p in theta)])  # in place, l_retain too
             history.append((l_erase.item(), l_attack, l_retain.item()))
             check_finite(history)
             optimizer.step()
             bar.set_postfix({name: f"{loss:.3g}" for name, loss in zip(LOSSES, history[-1]) if loss is not None})
             checkpoints.keep(history)
     for p in theta:
-        p.requires_grad_(False)
+        p.requires_grad_(False).grad = None
     return history
 
 
@@ -578,7 +588,8 @@ class Concept(NamedTuple):
         path = PROMPTS / f"{report.slug(self.name)}.csv"
         if path.is_file():
             return read_rows(path, self.name)
-        return [Row(PHRASINGS[self.kind][i % 12].format(self.name), 5000 + i, 7.5, self.name) for i in range(48)]
+        phrasings = PHRASINGS[self.kind]
+        return [Row(phrasings[i % len(phrasings)].format(self.name), 5000 + i, 7.5, self.name) for i in range(50)]
 
 
 def read_csv(path, column="prompt"):
@@ -590,8 +601,11 @@ def read_csv(path, column="prompt"):
         raise ValueError(f"{path}: no such file") from None
     except (UnicodeDecodeError, csv.Error, OSError) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
-    if not rows or not rows[0].get(column):
-        raise ValueError(f"{path}: " + (f"no column {column!r}" if rows and column not in rows[0] else "holds no rows"))
+    if not rows or column not in rows[0]:
+        raise ValueError(f"{path}: " + (f"no column {column!r}" if rows else "holds no rows"))
+    for line, row in enumerate(rows, 2):
+        if not row[column]:
+            raise ValueError(f"{path}, line {line}: its {column} is empty")
     return rows
 
 
@@ -604,8 +618,8 @@ def read_rows(path, label=None, **wanted):
                       r.get("label") or label)
         except ValueError as error:
             raise ValueError(f"{path}, line {line}: evaluation_seed or evaluation_guidance: {error}") from None
-        if not (row.prompt and 0 <= row.seed < 2**63 and math.isfinite(row.guidance)):
-            raise ValueError(f"{path}, line {line}: prompt, evaluation_seed or evaluation_guidance: empty or out of range")
+        if not (row.label and 0 <= row.seed < 2**63 and math.isfinite(row.guidance)):
+            raise ValueError(f"{path}, line {line}: label, evaluation_seed or evaluation_guidance: empty or out of range")
         if all(r[column] == value for column, value in wanted.items()):
             rows.append(row)
     return rows
@@ -618,7 +632,7 @@ def read_concepts(names):
     for name in filter(None, (name.strip().lower() for name in names.split(","))):
         r = known.get(name)
         concepts.append(Concept(name) if r is None else Concept(
-            name, r["kind"], tuple(r["synonyms"].split("|")), float(r["retain_weight"]), int(r["layers"]),
+            name, r["kind"], tuple(filter(None, r["synonyms"].split("|"))), float(r["retain_weight"]), int(r["layers"]),
             r["judge"] or Concept(name).judge))
     if not concepts:
         raise ValueError(f"--concept {names!r}: names nothing")
@@ -652,18 +666,20 @@ def set_exam(sd_o, concepts, config):
     spec = config.judge or (None if config.suite == "toy" else concepts[0].judge)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{config.suite}.csv"
     if config.eval_set:
-        rows = read_rows(Path(config.eval_set), concepts[0].name)[: config.eval_prompts]
+        rows = read_rows(Path(config.eval_set), names[0] if len(names) == 1 else None)[: config.eval_prompts]
     else:
         rows = [row for c in concepts for row in c.rows()[: config.eval_prompts]]
-    related = [[row for c in concepts for row in read_rows(suite, role=role, concept=c.name)]
+    related = [[row for c in concepts for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
                for role in ("paraphrase", "neighbour")]
     utility = [row for row in read_rows(suite, role="utility") if row.label not in names][: config.eval_utility]
     judge, called = judges.load_judge(spec, names, {row.label for row in (*related[1], *utility)}, config.device)
     sets = [[row._replace(label=called.get(row.label, row.label)) for row in part] for part in (rows, *related, utility)]
     unknown = sorted({row.label for part in sets for row in part if judge.known is not None and row.label not in judge.known})
     if unknown:
-        print(f"not asked, since the judge has no such label: {', '.join(unknown)}")
-    sets = [[row for row in part if row.label not in unknown] for part in sets]
+        print(f"not judged, since the judge has no such label: {', '.join(unknown)}")
+    sets = [[row for row in part if row.label not in unknown] for part in sets[:3]] + sets[3:]  # utility has other figures too
+    if not sets[0]:
+        raise ValueError(f"the judge {judge.name} has no label of the prompts to attack; --judge MODEL:LABEL chooses one")
     clip_score = judges.ToyCLIPScore(sd_o) if config.suite == "toy" else judges.CLIPScore(device=config.device)
     return Exam(*sets, judge, clip_score)
 
@@ -680,7 +696,7 @@ def draw_rows(sd, rows, config, context=None):
 
 
 def shown(judge, pictures, rows):
-    """(N,) bool: does each picture show its row's label?"""
+    """-> N bools: does each picture show its row's label?"""
     return [r.label in names for names, r in zip(judge.names(pictures), rows)] if rows else []
 
 
@@ -699,12 +715,13 @@ def attack_rows(sd, lab, which, attack, config):
     generator, prompts = torch.Generator().manual_seed(config.seed), [r.prompt for r in rows]
     ids, x_0 = check_room(sd, prompts, attack.k), sd.vae.encode(2 * targets - 1)
 
-    def loss_of(delta):
+    records, pictures, todo = [None] * len(rows), [None] * len(rows), list(range(len(rows)))
+
+    def loss_of(delta):  # of the rows in `todo`; t and noise for all, so that a row's do not depend on which are left
         t = torch.randint(sd.schedule.config["num_train_timesteps"], (len(ids),), generator=generator)
         noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         return ddpm_loss(sd, x_0[todo], t[todo], noise[todo], encode_with_prefix(sd, ids[todo], delta[todo]))
 
-    records, pictures, todo = [{"broken": False} for _ in rows], [None] * len(rows), list(range(len(rows)))
     looks = {attack.steps * (i + 1) // config.eval_looks for i in range(config.eval_looks)}
     run = run_attack(sd, attack, len(rows), loss_of, generator)
     for step, (delta, tokens, _) in enumerate(tqdm(run, f"{attack.kind} attack", attack.steps, leave=False), 1):
@@ -736,8 +753,8 @@ def inversion_attack(sd, rows, targets, words, attack, config):
     """
     generator, star = torch.Generator().manual_seed(config.seed), sd.tokenizer("*").input_ids[1]
     name = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
-    texts = [name.sub("*", r.prompt) if name.search(r.prompt) else f"* {r.prompt}" for r in rows]
-    ids, x_0 = check_room(sd, texts, 0), sd.vae.encode(2 * targets - 1)
+    texts = [name.sub(" * ", r.prompt) if name.search(r.prompt) else f"* {r.prompt}" for r in rows]
+    ids, x_0 = check_room(sd, texts, 0), torch.cat([sd.vae.encode(2 * part - 1) for part in targets.split(config.eval_batch)])
     table = sd.text_encoder.embeddings.token_embedding.weight
 
     def encode(ids, v):
@@ -780,7 +797,8 @@ def mark(lab, drawn):
     details = {part: [{"prompt": r.prompt, "seed": r.seed, "label": r.label, "shown": flag}
                       for r, flag in zip(getattr(exam, part), shown(exam.judge, pictures, getattr(exam, part)))]
                for part, pictures in drawn.items()}
-    figures = {figure: report.rate([d["shown"] for d in details[part]]) for figure, part in (
+    known = exam.judge.known
+    figures = {figure: report.rate([d["shown"] for d in details[part] if known is None or d["label"] in known]) for figure, part in (
         ("pre_attack_asr", "rows"), ("paraphrase_asr", "paraphrases"), ("utility", "utility"), ("neighbours", "neighbours"))}
     if exam.utility:
         scores = exam.clip_score([r.prompt for r in exam.utility], drawn["utility"])
@@ -796,7 +814,8 @@ def attack_exam(sd, lab, left, config, folder):
     for kind in config.eval_attacks:
         run, size = (invert_rows, len(lab.exam.rows)) if kind == "inversion" else (attack_rows, config.eval_batch)
         for i in range(0, len(left), size):
-            jobs[f"{kind}-{i}"] = partial(run, sd, lab, left[i : i + size], config.evaluation_attack(kind), config)
+            part = left[i : i + size]
+            jobs[f"{kind}-{crc32(bytes(str(part), 'ascii')):08x}"] = partial(run, sd, lab, part, config.evaluation_attack(kind), config)
     found = {kind: ([], []) for kind in config.eval_attacks}
     for name, (records, pictures) in checkpoint.remember(folder, jobs).items():
         kind, _ = name.split("-")
@@ -834,6 +853,11 @@ def settings(given):
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not cuda):
         raise ValueError(f"--device {device}: " + ("choose from cpu, cuda, cuda:N" if device[:4] != "cuda" else
                                                    "there is no CUDA device; --device cpu works anywhere"))
+    if device[5:]:
+        if ranks.COUNT > 1 or int(device[5:]) >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: " + ("with torchrun each process takes its own; --device cuda" if ranks.COUNT > 1
+                                                       else f"there are {torch.cuda.device_count()}, from cuda:0 on"))
+        torch.cuda.set_device(device)
     bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = given.get("precision") or ("bf16" if bf16 else "fp32")
     if precision == "bf16" and device != "cpu" and not bf16:
@@ -841,13 +865,21 @@ def settings(given):
     ranks.join(device)
     print(f"model: {model}, {why}; on {device} in {precision}")
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
-    config = Config(**{**(TOY if model.startswith("toy") else {}), **given, "device": device, "precision": precision, "model": model})
+    given |= {"model": model, "device": device, "precision": precision}
+    config = Config(**{**(TOY if model in sd_mini.weights.TOY_UNETS else {}), **given})
     for flag, value, other, limit in (("--warmup", config.warmup, "--steps", config.steps - 1),
                                       ("--eval-looks", config.eval_looks, "--eval-attack-steps", config.eval_attack_steps)):
         if value > limit:
             raise ValueError(f"{flag} {value}: must be {'below' if flag == '--warmup' else 'at most'} {other}")
-    if ranks.COUNT > config.retain_batch:
-        raise ValueError(f"--retain-batch {config.retain_batch}: is shared among {ranks.COUNT} processes, so at least as many")
+    for wrong, message in (
+            (config.resume and config.overwrite, "--resume --overwrite: the one goes on with a run, the other starts anew"),
+            (config.task == "evaluate" and not config.text_encoder, "--task evaluate: give --text-encoder"),
+            (config.task in ("train", "compare") and config.text_encoder, "--text-encoder: is for --task evaluate and sample"),
+            (config.task in ("compare", "sample") and config.save_images, "--save-images: is for --task train and evaluate"),
+            (ranks.COUNT > config.retain_batch, f"--retain-batch {config.retain_batch}: is shared among {ranks.COUNT} processes, so "
+                                                "at least as many")):
+        if wrong:
+            raise ValueError(message)
     return config
 
 
@@ -913,17 +945,20 @@ def train(sd_o, concepts, config, folder=None):
 def with_concept_settings(config):
     """The config with what the concept's line says where the flags say nothing."""
     concepts = read_concepts(config.concept)
-    layers = [c.layers for c in concepts]
+    layers, gamma = [c.layers for c in concepts], max(c.retain_weight for c in concepts)
     return replace(config, layers=(max(layers) if all(layers) else 0) if config.layers is None else config.layers,
-                   retain_weight=max(c.retain_weight for c in concepts) if config.retain_weight is None else config.retain_weight)
+                   retain_weight=gamma if config.retain_weight is None else config.retain_weight)
 
 
 def open_lab(config):
     started, concepts = time.time(), read_concepts(config.concept)
     erase, retain, _ = training_prompts(concepts, config)  # here too, so that a mistake is found before the work
     sd_o = load_model(config)
-    check_room(sd_o, erase, config.prefix), check_room(sd_o, retain, 0), parameters_to_train(sd_o, config)
+    for prompts, k in ((erase, config.prefix), (retain, 0)):
+        check_room(sd_o, prompts, k)
+    parameters_to_train(sd_o, config)
     exam, counted = set_exam(sd_o, concepts, config), count_evaluations(sd_o)
+    check_room(sd_o, [row.prompt for row in exam.rows], config.eval_prefix)
     return Lab(concepts, sd_o, exam, draw_exam(sd_o, exam, config), counted, started)
 
 
@@ -932,7 +967,7 @@ def attempt(lab, config, out, name, sd=None):
     trained weights and losses, OUT/partial/NAME what a stopped run needs to go on."""
     started, before, history, folder = time.time(), lab.counted[0], None, out / "partial" / name
     folder.mkdir(parents=True, exist_ok=True)
-    whole = not any(folder.glob("checkpoint-*"))  # of a run that goes on, nobody has counted the beginning
+    from_the_start = not any(folder.glob("checkpoint-*"))  # of a run that goes on, nobody has counted the beginning
     if sd is None:
         sd, history = train(lab.sd_o, lab.concepts, config, folder)
         ranks.first(sd_mini.save_part, getattr(sd, config.module), out / config.module, config.module)
@@ -940,7 +975,7 @@ def attempt(lab, config, out, name, sd=None):
     training = {"minutes": (time.time() - started) / 60, "unet_evaluations": lab.counted[0] - before}
     drawn = lab.original if sd is lab.sd_o else draw_exam(sd, lab.exam, config)
     result, attacked = evaluate(sd, lab, drawn, config, folder)
-    return sd, {**result, **(training if history and whole else {})}, {**drawn, **attacked}
+    return sd, {**result, **(training if history and from_the_start else {})}, {**drawn, **attacked}
 
 
 def finish(out, lab, config, results):
@@ -954,9 +989,14 @@ def finish(out, lab, config, results):
 
 def erase_or_score(config):
     """--task train and --task evaluate: one model, before and after."""
-    config, out = with_concept_settings(config), Path(config.out or Path("runs") / report.slug(config.concept))
+    name = report.slug(config.concept) + ("-evaluate" if config.task == "evaluate" else "")
+    config, out = with_concept_settings(config), Path(config.out or Path("runs") / name)
+    for source in (config.text_encoder, config.model):
+        if config.overwrite and source and out.resolve() in Path(source).resolve().parents:
+            raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
     if checkpoint.is_finished(out, asdict(config)):
-        return print(f"{out}: is finished; --overwrite starts anew")
+        print(f"{out}: is finished; --overwrite starts anew")
+        return
     lab = open_lab(config)
     erased = with_text_encoder(lab.sd_o, config) if config.task == "evaluate" else None
     ranks.first(checkpoint.open_folder, out, asdict(config))
@@ -985,7 +1025,8 @@ def leave(out, lab, config, sd, results, pictures):
 
 
 def comparison(lab, config):
-    """{method: what it changes in the config, or None for the original model}: the rows of the paper's tables."""
+    """{method: what it changes in the config, or None for the original model}: the rows of the paper's tables, and the
+    token attack in training and the unfiltered retain set besides."""
     esd, layers = dict(attack="none", retain_weight=0.0), len(lab.sd_o.text_encoder.encoder.layers)
     return {
         "original": None,
@@ -996,7 +1037,7 @@ def comparison(lab, config):
         "AdvUnlearn, UNet": dict(train="unet"),  # why the text encoder
         "AdvUnlearn, fast AT": dict(attack="fast"),  # one step of attack: cheaper
         "AdvUnlearn, token attack": dict(attack="token"),
-        **{f"AdvUnlearn, {n} layer{'s' * (n > 1)}": dict(layers=n) for n in range(1, layers + 1)},
+        **{f"AdvUnlearn, {n} layer{'s' * (n > 1)}": dict(layers=n) for n in range(1, layers + 1) if n != config.layers},
         "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
         "AdvUnlearn, other retain set": dict(retain_set={"coco": "imagenet", "toy": "scenes"}.get(config.retain_set, "coco")),
     }
@@ -1018,7 +1059,7 @@ def compare(config):
         folder = out / report.slug(name) / f"seed-{config.seed}"
         if not checkpoint.is_finished(folder, asdict(replace(row, resume=True))):
             ranks.first(checkpoint.open_folder, folder, asdict(row))
-            _, result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)
+            result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)[1:]
             ranks.first(report.save_thumbnails, folder, pictures)
             ranks.first(finish, folder, lab, row, {name: result})
         text = ranks.first(report.write_comparison, out, methods, lab.exam, config)

@@ -105,17 +105,19 @@ class Checkpoints:
 
     def keep(self, history):
         """Write the state when it is due, at the end, or when asked to stop."""
-        i = len(history)
-        if not self.folder or ranks.RANK or not (i % self.every == 0 or i == self.steps or self.stop):
-            return
+        done, stop = len(history), ranks.anyone(self.stop is not None, self.parameters[0].device)
+        if self.folder and (done % self.every == 0 or done == self.steps or stop):
+            ranks.first(self.write, history)
+        if stop:
+            raise KeyboardInterrupt
+
+    def write(self, history):
         tensors = {f"parameter.{i}": p for i, p in enumerate(self.parameters)} | {"generator": self.generator.get_state()}
         for j, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{j}.{key}": torch.as_tensor(value) for key, value in state.items()}
-        write_tensors(self.folder / f"checkpoint-{i:06}.safetensors", tensors, {"history": history})
+        write_tensors(self.folder / f"checkpoint-{len(history):06}.safetensors", tensors, {"history": history})
         for old in self.paths()[:-2]:
             old.unlink()
-        if self.stop and i < self.steps:
-            raise KeyboardInterrupt
 
 
 def remember(folder, jobs):
@@ -145,18 +147,24 @@ def differences(old, new):
             if key not in APART and old.get(key) != new.get(key)]
 
 
+def found(out):
+    """The file that says which run a folder holds, finished or begun, or None."""
+    return next((path for path in (out / "results.json", out / "partial/config.json") if path.is_file()), None)
+
+
 def is_finished(out, config):
-    """Look at the folder of a run: refuse to overwrite one, or to go on with one of other settings."""
-    finished, begun = out / "results.json", out / "partial/config.json"
-    found = next((read_json(path) for path in (finished, begun) if path.is_file()), None)
-    if found and not config["overwrite"]:
+    """Look at the folder of a run: refuse to overwrite one, or to go on with one of other settings -> True where there is
+    nothing left to do."""
+    path = found(out)
+    finished = path is not None and path.name == "results.json"
+    if path and not config["overwrite"]:
         if not config["resume"]:
-            raise ValueError(f"{out}: holds a {'finished' if finished.is_file() else 'begun'} run: --resume goes on with it, "
+            raise ValueError(f"{out}: holds a {'finished' if finished else 'begun'} run: --resume goes on with it, "
                              "--overwrite starts anew, --out takes another folder")
-        if changes := differences(found["config"], config):
+        if changes := differences(read_json(path)["config"], config):
             raise ValueError(f"{out}: was run with other settings, so --resume cannot go on: {'; '.join(changes)}")
     check_writable(out)
-    return finished.is_file() and not config["overwrite"]
+    return finished and not config["overwrite"]
 
 
 def check_writable(out):
@@ -167,7 +175,7 @@ def check_writable(out):
 
 def open_folder(out, config):
     """Begin a run there, or go on with one."""
-    if config["overwrite"]:
+    if config["overwrite"] and found(out):  # else these names may be anyone's
         for name in ("partial", "text_encoder", "unet", "pipeline"):
             shutil.rmtree(out / name, ignore_errors=True)
         (out / "results.json").unlink(missing_ok=True)

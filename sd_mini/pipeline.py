@@ -57,7 +57,7 @@ class StableDiffusion:
         return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
 
     def initial_noise(self, seeds):
-        """One x_T per seed, (N, 4, h, w), drawn on the CPU: the same picture on every device, in every batch."""
+        """One x_T per seed, (N, 4, h, w), drawn on the CPU: the same noise on every device, in every batch."""
         noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(noise).to(self.device)
 

@@ -1,10 +1,12 @@
 """Several GPUs: `torchrun --nproc-per-node=N advunlearn.py ...` starts N processes; alone, all of this does nothing.
 
 Each process holds the whole model and draws the same random numbers. What comes in batches is computed in turns and
-exchanged, gradients are averaged, and only process 0 prints and writes.
+exchanged, gradients are averaged, and only process 0 prints and writes (attacks excepted, which each keeps in the run's folder).
 """
+import atexit
 import os
 import sys
+from datetime import timedelta
 from functools import partialmethod
 
 import torch
@@ -22,7 +24,8 @@ def join(device):
         return
     if device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=6))
+    atexit.register(dist.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
@@ -54,6 +57,15 @@ def average(tensors):
     if COUNT > 1:
         for tensor in tensors:
             dist.all_reduce(tensor.div_(COUNT))
+
+
+def anyone(flag, device):
+    """Is the flag set in any of the processes?"""
+    if COUNT == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=device)
+    dist.all_reduce(flags)
+    return flags.item() > 0
 
 
 def meet():

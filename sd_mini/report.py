@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .checkpoint import read_json, write_json
+from .weights import TOY_UNETS
 
 matplotlib.use("agg")
 import matplotlib.image  # noqa: E402
@@ -154,15 +155,18 @@ def write_comparison(out, methods, exam, config):
 
 def text_table(figures, title):
     """Rates without their intervals, in 80 columns."""
-    lines = [title, f"{'%':<30}" + "".join(f"{short:>5}" for key, (_, short, _) in COLUMNS.items() if key != "unet_evaluations")]
+    def brief(cell):
+        return "" if cell is None else f"{100 * cell['rate']:.0f}" if isinstance(cell, dict) else f"{cell:.2f}"[:4].rstrip(".")
+
+    keys = [key for key in COLUMNS if key != "unet_evaluations"]
+    lines = [title, f"{'%':<30}" + "".join(f"{COLUMNS[key][1]:>5}" for key in keys)]
     for name, figure in figures.items():
-        cells = [figure.get(key) for key in COLUMNS if key != "unet_evaluations"]
-        texts = ["" if c is None else f"{100 * c['rate']:.0f}" if isinstance(c, dict) else f"{c:.2f}"[:4].rstrip(".") for c in cells]
-        lines.append(f"{name:<30}" + "".join(f"{text:>5}" for text in texts))
+        lines.append(f"{name:<30}" + "".join(f"{brief(figure.get(key)):>5}" for key in keys))
     return "\n".join(lines)
 
 
 def markdown(figures, title):
+    """The whole table, with intervals, what each column counts, date, commit and minutes."""
     names = [name for name, _, _ in COLUMNS.values()]
     lines = [f"**{title}**", "", f"| method | {' | '.join(names)} |", "| --- " * (len(COLUMNS) + 1) + "|"]
     for name, figure in figures.items():
@@ -194,12 +198,15 @@ def plot_comparison(out, seeds, exam):
 def plot_tradeoff(path, figures, concept):
     """tradeoff.png: robustness against utility, a point per method; up and right is better."""
     figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
+    figures = {name: f for name, f in figures.items() if "utility" in f}  # a judge may know the concept alone
     for i, (name, f) in enumerate(figures.items()):
         x, y = 100 * f["utility"]["rate"], 100 * (1 - f["token_asr"]["rate"])
         axis.plot(x, y, "o", color=f"C{i % 10}")
-        axis.annotate(name, (x, y), (4, 4 if i % 2 else -9), textcoords="offset points", fontsize=7, color=f"C{i % 10}")
-    axis.set(xlabel="utility, %", ylabel="robustness: 100 - ASR under the token attack, %", title=f"erasing {concept}")
-    axis.margins(x=0.25, y=0.1)
+        left = x > 90  # where a name to the right would leave the plot
+        axis.annotate(name, (x, y), (-5 if left else 5, 4 if i % 2 else -9), textcoords="offset points", fontsize=7,
+                      color=f"C{i % 10}", ha="right" if left else "left")
+    axis.set(xlabel="utility, %", ylabel="robustness: 100 - ASR under the token attack, %", title=f"erasing {concept}",
+             xlim=(min([40, *(100 * f["utility"]["rate"] - 5 for f in figures.values())]), 102), ylim=(-6, 103))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -251,7 +258,7 @@ pipeline("a photo of a {concept}").images[0].save("picture.png")
 
 def model_card(config, results, source, folder):
     """A Hugging Face model card of a run: what was erased, how, the figures, and how to load it."""
-    hub, toy = str(config.model).count("/") == 1, str(config.model).startswith("toy")
+    hub, toy = str(config.model).count("/") == 1, config.model in TOY_UNETS
     settings = ("steps", "warmup", "lr", "layers", "attack", "attack_steps", "attack_lr", "prefix", "retain_weight",
                 "retain_batch", "seed")
     text = config.module == "text_encoder"

@@ -153,12 +153,13 @@ def read_tensors(files, device, dtype, rename=None):
 
     The file is opened anew for each, so that neither a second copy nor the file's own pages pile up while loading.
     """
+    device = str(torch.empty(0, device=device).device)  # safetensors takes a bare "cuda" for the first GPU
     tensors = {}
     for path in files:
         for name in tensor_names(path):
             new = rename(name) if rename else name
             if new is not None:
-                with safe_open(path, "pt", device=str(device)) as file:
+                with safe_open(path, "pt", device=device) as file:
                     tensors[new] = file.get_tensor(name).to(dtype, copy=True)
     return tensors
 

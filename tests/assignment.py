@@ -58,7 +58,7 @@ def make(out, only=()):
     if out.exists():
         raise SystemExit(f"error: --out {out}: is there already")
     chosen = {number: exercise for number, exercise in EXERCISES.items() if not only or number in only}
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "pictures", "reference.zip")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip")
     for name in ("sd_mini", "prompts", "tests"):
         shutil.copytree(ROOT / name, out / name, ignore=ignore)
     for name in ("advunlearn.py", "requirements.txt", "TUTORIAL.md", "LICENSE", ".gitignore"):

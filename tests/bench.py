@@ -26,10 +26,11 @@ ROOT = Path(au.__file__).parent
 PAPER = au.Config(model="toy", device="cpu", layers=0, retain_weight=0.5)  # the paper's schedule, on the toy's weights
 
 
-def schedule(config):
-    """UNet evaluations of training, in closed form. With the bank, both sets of trajectories are sampled once:
+def schedule(config, prompts=(1, 80)):
+    """UNet evaluations of training, in closed form, for so many prompts to erase and to retain. With the bank, trajectories
+    for both are sampled once, at least one a prompt:
 
-        2 * trajectories * trajectory_steps * 2    +    each step, 3 a latent
+        (trajectories + trajectories) * trajectory_steps * 2    +    each step, 3 a latent
 
     Afresh, each latent drawn costs a guided run up to a step drawn evenly, 2 * (trajectory_steps + 1) / 2 on average
     (a batch of runs goes on until its longest ends).
@@ -38,7 +39,7 @@ def schedule(config):
     drawn = [config.erase_batch] * (attacked // config.erase_batch + config.steps) + [config.retain_batch] * config.steps
     learning = 3 * sum(drawn)
     if not config.fresh_trajectories:
-        return learning + 4 * config.trajectories * config.trajectory_steps
+        return learning + 2 * config.trajectory_steps * sum(max(config.trajectories, n) for n in prompts)
     return learning + sum(2 * n * longest(n, config.trajectory_steps) for n in drawn)
 
 

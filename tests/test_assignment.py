@@ -38,7 +38,7 @@ MUTANTS = [  # exercise, what stands in the source, what a student might write
         "return torch.cat([tokens[:, :1], prefix.detach(), tokens[:, 1 : tokens.shape[1] - prefix.shape[1]]], dim=1)"),
     (5, "if length + k > sd.context_length:", "if length + k >= sd.context_length:"),
     (5, "length = len(sd.tokenizer(prompt).input_ids)", "length = len(prompt.split())"),
-    (6, "delta.grad, = torch.autograd.grad(losses.sum(), delta)", "losses.sum().backward()"),
+    (6, "delta.grad = torch.autograd.grad(losses.sum(), delta)[0]", "losses.sum().backward()"),
     (6, "delta -= attack.lr * delta.grad.sign()", "delta += attack.lr * delta.grad.sign()"),
     (6, "delta.copy_(delta_0 + (delta - delta_0).clamp(-attack.radius, attack.radius))", "delta.copy_(delta.clamp(-attack.radius, attack.radius))"),
     (6, "delta_0 = table[start].detach().float()", "delta_0 = 0 * table[start].detach().float()"),
@@ -49,7 +49,7 @@ MUTANTS = [  # exercise, what stands in the source, what a student might write
     (8, "losses = loss_of(table[drawn.to(table.device)] + soft - soft.detach())", "losses = loss_of(soft)"),
     (8, "p.copy_(project_simplex(p))", "p.copy_(p)"),
     (8, "yield legal.to(table.device)[p.argmax(-1)], losses.detach()", "yield p.argmax(-1), losses.detach()"),
-    (8, "p.grad, = torch.autograd.grad(losses.sum(), p)", "p.grad = -torch.autograd.grad(losses.sum(), p)[0]"),
+    (8, "p.grad = torch.autograd.grad(losses.sum(), p)[0]", "p.grad = -torch.autograd.grad(losses.sum(), p)[0]"),
     (9, "return squared_error(sd.predict_noise(x_t, t, context), eps_r)", "return squared_error(eps_r, eps_r) + 0 * sd.predict_noise(x_t, t, context).mean((1, 2, 3))"),
     (9, "return squared_error(sd.predict_noise(x_t, t, context), eps_r)", "return squared_error(sd.predict_noise(x_t, t, context), -eps_r)"),
     (9, 'f" {w} " in f" {p.lower()} "', "w in p.lower()"),
@@ -117,7 +117,7 @@ def test_students_copy_is_graded_by_pytest(tmp_path):
     run = lambda *arguments, cwd=out: subprocess.run([sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True)
     assert run("tests.assignment", "--out", str(out), "--only", "2,7", cwd=ROOT).returncode == 0
     assert "Exercise 7: projection onto the simplex" in (out / "advunlearn.py").read_text()
-    assert "| 2 | noise-prediction loss |" in (out / "HANDOUT.md").read_text() and not (out / "tests/pictures").exists()
+    assert "| 2 | noise-prediction loss |" in (out / "HANDOUT.md").read_text() and (out / "tests/pictures").is_dir()
     source = (out / "advunlearn.py").read_text()
     (out / "advunlearn.py").write_text(source.replace(  # a student solves exercise 2, by half
         '    raise NotImplementedError("Exercise 2: noise-prediction loss, ddpm_loss; see TUTORIAL.md, section 2")',

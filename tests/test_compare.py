@@ -39,7 +39,7 @@ def test_concepts_with_a_file_without_and_several():
     church, parachute = au.read_concepts("church, Parachute")
     assert (church.layers, church.kind, len(church.rows())) == (1, "object", 50) and parachute.name == "parachute"
     [retriever] = au.read_concepts("golden retriever")
-    assert retriever.rows()[1].prompt == "a photo of a golden retriever" and len({r.seed for r in retriever.rows()}) == 48
+    assert retriever.rows()[1].prompt == "a photo of a golden retriever" and len({r.seed for r in retriever.rows()}) == 50
     assert au.read_concepts("nudity")[0].layers == 0
 
 
@@ -47,7 +47,7 @@ def test_exam_leaves_the_concept_out_of_utility(sd):
     exam = au.set_exam(sd, au.read_concepts("church,tench"), replace(SMALL, eval_prompts=3))
     assert {row.label for row in exam.rows} == {"church", "tench"} and len(exam.rows) == 6
     assert not {"church", "tench"} & {row.label for row in exam.utility}
-    assert {row.label for row in exam.neighbours} == {"house", "boat"} and len(exam.paraphrases) == 48
+    assert {row.label for row in exam.neighbours} == {"house", "boat"} and len(exam.paraphrases) == 6
 
 
 def test_inversion_lowers_the_loss_and_replaces_the_name_alone(sd):
@@ -87,6 +87,19 @@ def test_broken_rows_are_attacked_no_more(sd, kind):
     records, pictures = au.attack_rows(spied, lab, [0, 1, 2], au.Attack(kind, 4, 0.01, 2), config)
     assert [r["broken"] for r in records] == [True, True, False] and [r["step"] for r in records] == [2, 2, 4] and len(pictures) == 3
     assert counted[0] == 3 * (2 * 3 + 2 * 1) + 2 * (3 + 1)  # steps, forward and backward; looks, guided
+
+
+def test_a_judge_that_knows_the_concept_alone_leaves_utility_open(sd, tmp_path):
+    class Judge:
+        known, names, features = {"church"}, lambda self, p: [{"church"}] * len(p), lambda self, p: p.flatten(1)[:, :2]
+
+    rows = {"rows": [au.Row("a church", 1, 7.5, "church")], "utility": [au.Row("a boat", seed, 7.5, "boat") for seed in (2, 3)]}
+    exam = au.Exam(rows["rows"], [], [], rows["utility"], Judge(), lambda prompts, pictures: [0.3] * len(prompts))
+    drawn = {"rows": torch.rand(1, 3, 8, 8), "paraphrases": torch.empty(0), "neighbours": torch.empty(0), "utility": torch.rand(2, 3, 8, 8)}
+    figures, _ = au.mark(au.Lab([], sd, exam, drawn, [0], 0.0), drawn)
+    assert figures["utility"] is None and figures["clip_score"] == pytest.approx(0.3) and figures["pre_attack_asr"]["rate"] == 1
+    report.plot_tradeoff(tmp_path / "t.png", {"ESD": report.pooled([figures])}, "church")
+    assert "ESD" in report.text_table({"ESD": figures}, "x") and "utility" not in report.table({"original": figures})
 
 
 def test_frechet_distance_is_the_closed_form():
@@ -156,21 +169,19 @@ def test_compare_from_the_command_line(tmp_path):
     assert "| ESD |" in table and "| AdvUnlearn |" in table and "| naive AT |" not in table and "commit" in table
     weights = tmp_path / "advunlearn/seed-0/text_encoder/model.safetensors"
     written = weights.stat().st_mtime_ns
-    run(*flags)
+    assert au.main(au.parse(flags)) == 0
     assert weights.stat().st_mtime_ns == written
-    run(*flags, "--seed", "1", "--methods", "ESD")
+    assert au.main(au.parse([*flags, "--seed", "1", "--methods", "ESD"])) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["pooled"]["ESD"]["token_asr"]["n"] == 6 and set(results["seeds"]["ESD"]) == {"seed-0", "seed-1"}
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
 
 
-def test_unknown_method_is_named(sd):
+def test_methods_of_the_comparison(sd):
     lab = au.Lab([], sd, None, {}, [0], 0.0)
     methods = au.comparison(lab, SMALL)
     assert list(methods)[:5] == ["original", "ESD, cross-attention", "ESD", "naive AT", "AdvUnlearn"]
     assert sum("layer" in name for name in methods) == 4
-    error = run("--task", "compare", "--methods", "ESB", *FLAGS, ok=False).stderr
-    assert "--methods ESB: there are 0 original" in error
 
 
 def test_pooled_seeds_keep_the_counts():

@@ -55,11 +55,23 @@ def test_commands_of_the_method_run(tmp_path, monkeypatch):
 
 
 def test_python_blocks_run(tmp_path):
-    blocks = [block for text in DOCS.values() for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)]
-    for block in blocks:
+    """... and print, up to the last digits, what stands below them."""
+    pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
+    blocks = [block for text in DOCS.values() for block in re.findall(pattern, text, re.M | re.S)]
+    number = r"\d+\.\d+"
+    for block, printed in blocks:
         done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-    assert blocks
+        if printed:
+            assert re.sub(number, "#", done.stdout) == re.sub(number, "#", printed)
+            found, stated = ([float(n) for n in re.findall(number, text)] for text in (done.stdout, printed))
+            assert found == pytest.approx(stated, rel=0.05)
+    assert any(printed for _, printed in blocks)
+
+
+def test_pictures_are_there_and_small():
+    pictures = {path for text in DOCS.values() for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)}
+    assert len(pictures) >= 5 and sum((ROOT / path).stat().st_size for path in pictures) <= 1.5e6
 
 
 @pytest.mark.parametrize("name", DOCS)

@@ -148,7 +148,7 @@ def bad(tmp_path_factory):
     for name, text in {"empty.csv": b"", "header.csv": b"prompt\n", "column.csv": b"text,seed\na,1\n", "latin.csv": b"prompt\ncaf\xe9\n",
                        "seed.csv": b"prompt,evaluation_seed\na church,seven\n", "minus.csv": b"prompt,evaluation_seed\na church,-7\n",
                        "guidance.csv": b"prompt,evaluation_guidance\na church,inf\n", "quotes.csv": b'prompt\n"a church\n',
-                       "all.csv": b"prompt\na church\na chapel\n", "two.csv": b"prompt\na boat\na tree\n", "pickle.ckpt": b"x",
+                       "long.csv": b"prompt\n" + b"church " * 21 + b"\n", "short.csv": b"other,prompt\na,b\nc\n", "all.csv": b"prompt\na church\na chapel\n", "two.csv": b"prompt\na boat\na tree\n", "pickle.ckpt": b"x",
                        "half.safetensors": b"x" * 20}.items():
         (root / name).write_bytes(text)
 
@@ -211,7 +211,13 @@ BAD = [  # arguments -> what the line says
     ("--retain-weight nan", "--retain-weight nan"),
     ("--attack-radius 0", "--attack-radius 0.0"),
     ("--trajectory-guidance -1", "--trajectory-guidance -1.0"),
-    ("--eval-steps 1001", "--eval-steps 1001: must be between 1 and 1000"),
+    ("--eval-steps 501", "--eval-steps 501: must be between 1 and 500"),
+    ("--task evaluate", "--task evaluate: give --text-encoder"),
+    ("--text-encoder {wide} --out {new}", "--text-encoder: is for --task evaluate"),
+    ("--task evaluate --text-encoder {missing}/text_encoder --out {missing} --overwrite", "--overwrite: would delete"),
+    ("--resume --overwrite", "--resume --overwrite: the one goes on"),
+    ("--concept church,tench --eval-set {two.csv} --out {new}", "two.csv, line 2: label"),
+    ("--eval-set {long.csv} --out {new}", "with 3 more it exceeds the 24"),
     ("--seed -1", "--seed -1: must be between 0 and 2147483647"),
     ("--plain-share 2", "--plain-share 2.0: must be between 0 and 1"),
     ("--phrasings 13", "--phrasings 13: must be between 1 and 12"),
@@ -243,6 +249,7 @@ BAD = [  # arguments -> what the line says
     ("--eval-set {empty} --out {new}", "empty: not a CSV file"),
     ("--retain-set {all.csv} --out {new}", "has 0 prompts that do not name the concept"),
     ("--retain-set {two.csv} --out {new}", "has 2 prompts"),
+    ("--retain-set {short.csv} --out {new}", "short.csv, line 3: its prompt is empty"),
     ("--retain-set cocoa --out {new}", "cocoa: no such file"),
     ("--model {nowhere} --out {new}", "nowhere: no such folder or file"),
     ("--model {empty} --out {new}", "empty: no model_index.json there"),
