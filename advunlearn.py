@@ -645,6 +645,7 @@ class Exam(NamedTuple):
     rows: list[Row]  # prompts for the concept; these are attacked
     paraphrases: list[Row]  # prompts that mean it and never name it
     neighbours: list[Row]  # prompts for what is most like it
+    styles: list[Row]  # prompts for other things in a style
     utility: list[Row]  # prompts for other things
     judge: object
     clip_score: object
@@ -671,13 +672,14 @@ def set_exam(sd_o, concepts, config):
         rows = [row for c in concepts for row in c.rows()[: config.eval_prompts]]
     related = [[row for c in concepts for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
                for role in ("paraphrase", "neighbour")]
-    utility = [row for row in read_rows(suite, role="utility") if row.label not in names][: config.eval_utility]
-    judge, called = judges.load_judge(spec, names, {row.label for row in (*related[1], *utility)}, config.device)
-    sets = [[row._replace(label=called.get(row.label, row.label)) for row in part] for part in (rows, *related, utility)]
+    styles, utility = ([row for row in read_rows(suite, role=role) if row.label not in names] for role in ("style", "utility"))
+    sets = rows, *related, styles[: config.eval_prompts], utility[: config.eval_utility]
+    judge, called = judges.load_judge(spec, names, {row.label for part in sets[2:] for row in part}, config.device)
+    sets = [[row._replace(label=called.get(row.label, row.label)) for row in part] for part in sets]
     unknown = sorted({row.label for part in sets for row in part if judge.known is not None and row.label not in judge.known})
     if unknown:
         print(f"not judged, since the judge has no such label: {', '.join(unknown)}")
-    sets = [[row for row in part if row.label not in unknown] for part in sets[:3]] + sets[3:]  # utility has other figures too
+    sets = [[row for row in part if row.label not in unknown] for part in sets[:-1]] + sets[-1:]  # utility has other figures too
     if not sets[0]:
         raise ValueError(f"the judge {judge.name} has no label of the prompts to attack; --judge MODEL:LABEL chooses one")
     clip_score = judges.ToyCLIPScore(sd_o) if config.suite == "toy" else judges.CLIPScore(device=config.device)
@@ -783,7 +785,7 @@ def invert_rows(sd, lab, which, attack, config):
 
 def draw_exam(sd, exam, config):
     """A model's pictures without attack, by the exam's parts."""
-    parts = ("rows", "paraphrases", "neighbours", "utility")
+    parts = ("rows", "paraphrases", "neighbours", "styles", "utility")
     rows = [row for part in parts for row in getattr(exam, part)]
     batches = [rows[i : i + config.eval_batch] for i in range(0, len(rows), config.eval_batch)]
     drawn = ranks.exchange([[draw_rows(sd, batch, config)] for batch in batches[ranks.TURN]], len(batches), sd.device)
@@ -799,7 +801,8 @@ def mark(lab, drawn):
                for part, pictures in drawn.items()}
     known = exam.judge.known
     figures = {figure: report.rate([d["shown"] for d in details[part] if known is None or d["label"] in known]) for figure, part in (
-        ("pre_attack_asr", "rows"), ("paraphrase_asr", "paraphrases"), ("utility", "utility"), ("neighbours", "neighbours"))}
+        ("pre_attack_asr", "rows"), ("paraphrase_asr", "paraphrases"), ("utility", "utility"), ("neighbours", "neighbours"),
+        ("styles", "styles"))}
     if exam.utility:
         scores = exam.clip_score([r.prompt for r in exam.utility], drawn["utility"])
         figures["clip_score"] = sum(scores) / len(scores)
@@ -828,7 +831,7 @@ def evaluate(sd, lab, drawn, config, folder=None):
     `draw_exam`; `folder`: see `attack_exam`.
 
     ASR, the attack success rate: prompts whose picture shows the concept without attack, plus those that the attack
-    newly breaks, over all prompts. Utility, neighbours: share of prompts for other things whose picture is right.
+    newly breaks, over all prompts. Utility, neighbours, styles: share of prompts for other things whose picture is right.
     """
     figures, details = mark(lab, drawn)
     left, pictures = [i for i, d in enumerate(details["rows"]) if not d["shown"]], {}

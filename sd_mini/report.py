@@ -24,8 +24,9 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
     "embedding_asr": ("ASR, embedding attack", "emb", "the same or broken by a prefix of free embeddings, one per prompt"),
     "inversion_asr": ("ASR, inversion attack", "inv", "the same or broken by one embedding in the name's place (CCE)"),
     "paraphrase_asr": ("ASR, paraphrases", "par", "% of prompts that mean the concept and never name it"),
-    "utility": ("utility", "uti", "% of prompts for other things whose picture is right"),
-    "neighbours": ("neighbours", "nei", "% right of prompts for what is most like the concept"),
+    "utility": ("utility", "uti", "% of prompts for other things whose picture shows the thing, in whatever style and colour"),
+    "neighbours": ("neighbours", "nei", "the same for what is most like the concept"),
+    "styles": ("styles", "sty", "% of prompts for other things in a style whose picture has that style"),
     "clip_score": ("CLIP score", "CLIP", "mean cosine of prompt and picture, on the utility prompts"),
     "frechet": ("Frechet distance", "FD", "between the judge's features of the original's and this model's utility pictures"),
     "minutes": ("training minutes", "min", "wall clock"),
@@ -158,7 +159,7 @@ def text_table(figures, title):
     def brief(cell):
         return "" if cell is None else f"{100 * cell['rate']:.0f}" if isinstance(cell, dict) else f"{cell:.2f}"[:4].rstrip(".")
 
-    keys = [key for key in COLUMNS if key != "unet_evaluations"]
+    keys = [key for key in COLUMNS if key not in ("minutes", "unet_evaluations")]
     lines = [title, f"{'%':<30}" + "".join(f"{COLUMNS[key][1]:>5}" for key in keys)]
     for name, figure in figures.items():
         lines.append(f"{name:<30}" + "".join(f"{brief(figure.get(key)):>5}" for key in keys))

@@ -24,6 +24,7 @@ def test_suites_never_name_the_concept_where_they_should_not(suite, concept):
         assert len(read(role="paraphrase", concept=concept)) == 24 == len(read(role="neighbour", concept=concept))
     for role in ("paraphrase", "neighbour"):
         assert all(concept not in row.prompt.lower() for row in read(role=role, concept=concept))
+    assert all(concept not in row.prompt.lower() or concept == row.label for row in read(role="style"))
     seeds = [row.seed for row in read()]
     assert len(set(seeds)) == len(seeds)
 
@@ -47,6 +48,7 @@ def test_exam_leaves_the_concept_out_of_utility(sd):
     exam = au.set_exam(sd, au.read_concepts("church,tench"), replace(SMALL, eval_prompts=3))
     assert {row.label for row in exam.rows} == {"church", "tench"} and len(exam.rows) == 6
     assert not {"church", "tench"} & {row.label for row in exam.utility}
+    assert {row.label for row in au.set_exam(sd, au.read_concepts("van gogh"), SMALL).styles} == {"sketch"}
     assert {row.label for row in exam.neighbours} == {"house", "boat"} and len(exam.paraphrases) == 6
 
 
@@ -79,7 +81,7 @@ def test_broken_rows_are_attacked_no_more(sd, kind):
             return [{"church"}] * (len(pictures) - 1) + [set()]
 
     rows = [au.Row("a church", seed, 1.0, "church") for seed in range(3)]
-    exam = au.Exam(rows, [], [], [], Judge(), None)
+    exam = au.Exam(rows, [], [], [], [], Judge(), None)
     lab = au.Lab([], sd, exam, {"rows": torch.rand(3, 3, 64, 64)}, [0], 0.0)
     config = replace(SMALL, eval_looks=2, eval_steps=1)
     spied = replace(sd, unet=copy.deepcopy(sd.unet))
@@ -94,8 +96,9 @@ def test_a_judge_that_knows_the_concept_alone_leaves_utility_open(sd, tmp_path):
         known, names, features = {"church"}, lambda self, p: [{"church"}] * len(p), lambda self, p: p.flatten(1)[:, :2]
 
     rows = {"rows": [au.Row("a church", 1, 7.5, "church")], "utility": [au.Row("a boat", seed, 7.5, "boat") for seed in (2, 3)]}
-    exam = au.Exam(rows["rows"], [], [], rows["utility"], Judge(), lambda prompts, pictures: [0.3] * len(prompts))
-    drawn = {"rows": torch.rand(1, 3, 8, 8), "paraphrases": torch.empty(0), "neighbours": torch.empty(0), "utility": torch.rand(2, 3, 8, 8)}
+    exam = au.Exam(rows["rows"], [], [], [], rows["utility"], Judge(), lambda prompts, pictures: [0.3] * len(prompts))
+    drawn = {"rows": torch.rand(1, 3, 8, 8), "paraphrases": torch.empty(0), "neighbours": torch.empty(0), "styles": torch.empty(0),
+             "utility": torch.rand(2, 3, 8, 8)}
     figures, _ = au.mark(au.Lab([], sd, exam, drawn, [0], 0.0), drawn)
     assert figures["utility"] is None and figures["clip_score"] == pytest.approx(0.3) and figures["pre_attack_asr"]["rate"] == 1
     report.plot_tradeoff(tmp_path / "t.png", {"ESD": report.pooled([figures])}, "church")
@@ -191,7 +194,7 @@ def test_pooled_seeds_keep_the_counts():
 
 
 def test_saved_images_are_named_by_prompt_and_seed(tmp_path, sd):
-    exam = au.Exam([au.Row("a church/at *night*", 7, 7.5, "church")], [], [], [], None, None)
+    exam = au.Exam([au.Row("a church/at *night*", 7, 7.5, "church")], [], [], [], [], None, None)
     report.save_images(tmp_path, exam, {"rows": torch.zeros(1, 3, 8, 8), "token": torch.zeros(1, 3, 8, 8)})
     assert [str(p.relative_to(tmp_path)) for p in sorted(tmp_path.rglob("*.png"))] == [
         "rows/0000_seed-7_a-church-at-night.png", "token/0000_seed-7_a-church-at-night.png"]
