@@ -937,7 +937,7 @@ def train(sd_o, concepts, config, folder=None):
     """-> the erased model, which shares with the original all but the module that is trained, and the losses."""
     sd = replace(sd_o, **{config.module: copy.deepcopy(getattr(sd_o, config.module)).float()})
     erase, retain, dropped = training_prompts(concepts, config)
-    if dropped:
+    if dropped and config.retain_weight:
         print(f"not retained, since they name the concept: {', '.join(dropped)}")
     history = advunlearn(sd, sd_o, erase, retain, config, folder)
     if config.module == "text_encoder":
@@ -1003,7 +1003,7 @@ def erase_or_score(config):
     lab = open_lab(config)
     erased = with_text_encoder(lab.sd_o, config) if config.task == "evaluate" else None
     ranks.first(checkpoint.open_folder, out, asdict(config))
-    print(f"{len(lab.exam.rows)} prompts are attacked in {config.eval_attack_steps} steps, before and after")
+    print(f"{len(lab.exam.rows)} prompts, attacked in {config.eval_attack_steps} steps, in the original and the erased model")
     results, pictures = {}, {}
     for name, model in (("original", lab.sd_o), ("erased", erased)):
         sd, results[name], pictures[name] = attempt(lab, config, out, name, model)

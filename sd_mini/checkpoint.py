@@ -159,7 +159,7 @@ def is_finished(out, config):
     finished = path is not None and path.name == "results.json"
     if path and not config["overwrite"]:
         if not config["resume"]:
-            raise ValueError(f"{out}: holds a {'finished' if finished else 'begun'} run: --resume goes on with it, "
+            raise ValueError(f"{out}: holds a {'finished run:' if finished else 'begun run: --resume goes on with it,'} "
                              "--overwrite starts anew, --out takes another folder")
         if changes := differences(read_json(path)["config"], config):
             raise ValueError(f"{out}: was run with other settings, so --resume cannot go on: {'; '.join(changes)}")

@@ -38,7 +38,7 @@ def wilson(successes, n, z=1.96):
     """95 % Wilson score interval of a rate, as fractions. Source: Wilson 1927."""
     rate, z2 = successes / n, z * z
     centre, half = rate + z2 / (2 * n), z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
-    return (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
+    return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
 
 
 def rate(flags):
@@ -70,7 +70,7 @@ def table(results):
             continue
         texts = [percent(c) if isinstance(c, dict) else number(key, c) for c in cells]
         n = cells[0]["n"] if isinstance(cells[0], dict) else ""
-        lines.append(f"{title:<24}" + "".join(f"{text:>20}" for text in texts) + f"{n:>6}")
+        lines.append((f"{title:<24}" + "".join(f"{text:>20}" for text in texts) + f"{n:>6}").rstrip())
     return "\n".join(lines)
 
 
@@ -214,16 +214,19 @@ def plot_tradeoff(path, figures, concept):
 
 
 def plot_losses(path, history, warmup):
-    """[(erase, attack, retain), ...] -> three curves, each with its running mean over 20 values."""
-    figure, axes = plt.subplots(3, 1, figsize=(7, 5.5), sharex=True, layout="constrained")
-    for axis, name, values in zip(axes, ("erase", "attack", "retain"), np.array(history, float).T):
+    """[(erase, attack or None, retain), ...] -> a curve each, with its running mean over 20 values."""
+    curves = dict(zip(("erase", "attack", "retain"), np.array(history, float).T))
+    curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
+    figure, axes = plt.subplots(len(curves), 1, figsize=(7, 1.85 * len(curves)), sharex=True, layout="constrained")
+    for axis, (name, values) in zip(axes, curves.items()):
         at = np.flatnonzero(np.isfinite(values))
         axis.plot(at, values[at], color="0.8", linewidth=0.8)
         if len(at) > 20:
             axis.plot(at[19:], np.convolve(values[at], np.ones(20) / 20, "valid"), color="C0")
-        axis.axvline(warmup, color="0.6", linestyle=":", linewidth=1)
+        if "attack" in curves:
+            axis.axvline(warmup, color="0.6", linestyle=":", linewidth=1)
         axis.set(ylabel=f"{name} loss", xlim=(0, len(history)), ylim=(0, None))
-    axes[-1].set_xlabel("iteration (dotted: end of warm-up, where the attack starts)")
+    axes[-1].set_xlabel("iteration" + " (dotted: end of warm-up, where the attack starts)" * ("attack" in curves))
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -235,8 +238,7 @@ tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
 ---
 # {model} without "{concept}"
 
-The {part} of `{model}`, trained with AdvUnlearn (arXiv 2405.15234) so that "{concept}" stays erased under adversarial
-prompts. Settings: {settings}.
+The {part} of `{model}`, trained with {method}. Settings: {settings}.
 
 ```
 {table}
@@ -263,7 +265,10 @@ def model_card(config, results, source, folder):
     settings = ("steps", "warmup", "lr", "layers", "attack", "attack_steps", "attack_lr", "prefix", "retain_weight",
                 "retain_batch", "seed")
     text = config.module == "text_encoder"
+    method = ("ESD (arXiv 2303.07345): erased without an attack in the loop, and not robust, see the figures" if config.attack == "none"
+              else f'AdvUnlearn (arXiv 2405.15234), so that "{config.concept}" stays erased under adversarial prompts')
     return CARD.format(
+        method=method,
         base=f"base_model: {config.model}\n" if hub else "", model=config.model, concept=config.concept, part=config.module,
         license="mit" if toy else "creativeml-openrail-m" if "stable-diffusion-v1" in str(config.model) else "other",
         settings=", ".join(f"{name} {getattr(config, name)}" for name in settings), table=table(results),

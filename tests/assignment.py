@@ -1,7 +1,7 @@
 """The project as coursework.
 
-    python -m tests.assignment --out homework/              a student's copy: exercises blanked, handout, grader
-    python -m tests.assignment --out homework/ --only 2,5   some exercises
+    python -m tests.assignment --out ../homework              a student's copy: exercises blanked, handout, grader
+    python -m tests.assignment --out ../homework --only 2,5   some exercises
 
 In the copy, `pytest --exercise 3` grades one exercise, `pytest` all; both print a score table and write grade.json. Two
 exercises are open, scored by what the toy then does: `python -m tests.assignment --score 11`, or 12.
@@ -56,7 +56,8 @@ def blank(source, name, message):
 def make(out, only=()):
     """Write the student's copy to a folder that does not exist yet."""
     if out.exists():
-        raise SystemExit(f"error: --out {out}: is there already")
+        print(f"error: --out {out}: is there already", file=sys.stderr)
+        sys.exit(2)
     chosen = {number: exercise for number, exercise in EXERCISES.items() if not only or number in only}
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip")
     for name in ("sd_mini", "prompts", "tests"):
