@@ -98,7 +98,7 @@ def bench_sampling(repeats=5, prompts=8, steps=20):
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     sd, folder = sd_mini.load("toy"), sd_mini.weights.TOY
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)  # its files are in fp16
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     texts, seeds = ["a photo of a church"] * prompts, list(range(prompts))
