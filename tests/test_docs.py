@@ -1,4 +1,5 @@
 """README.md and TUTORIAL.md cannot drift: what they name exists, and their commands and Python run (on a small budget)."""
+import os
 import re
 import shlex
 import subprocess
@@ -52,6 +53,24 @@ def test_commands_of_the_method_run(tmp_path, monkeypatch):
         assert au.main({**given, **small, **again}) == 0, command
         done.add(out)
     assert len(here) >= 8
+
+
+MODULE_COMMANDS = {  # what else is documented: how to make it short; None for an hour of training and for this suite itself
+    'python -m sd_mini "a photo of a church" --model toy --seed 3 --out church.png': "",
+    "python -m tests.bench": " help", "python -m tests.assignment --out ../homework": "", "pip install -r requirements.txt": None,
+    "pytest": None, "python -m sd_mini.toy.train --out my-toy": None, "python -m sd_mini.toy.train --check": None}
+
+
+def test_other_commands_run(tmp_path):
+    others = [part for command in COMMANDS for part in command.split(" && ") if not part.startswith("python advunlearn.py")]
+    assert set(others) <= set(MODULE_COMMANDS)
+    (tmp_path / "here").mkdir()
+    for command in others:
+        if MODULE_COMMANDS[command] is not None:
+            done = subprocess.run([sys.executable, *shlex.split(command + MODULE_COMMANDS[command])[1:]], cwd=tmp_path / "here", text=True,
+                                  env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
+            assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here/church.png").stat().st_size > 3000 and (tmp_path / "homework/HANDOUT.md").is_file()
 
 
 def test_python_blocks_run(tmp_path):
