@@ -954,6 +954,7 @@ def with_concept_settings(config):
 
 
 def open_lab(config):
+    """Load what all runs on the concepts share; what would go wrong after hours goes wrong here, with a ValueError."""
     started, concepts = time.time(), read_concepts(config.concept)
     erase, retain, _ = training_prompts(concepts, config)  # here too, so that a mistake is found before the work
     sd_o = load_model(config)
