@@ -62,7 +62,7 @@ def make(out, only=()):
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip")
     for name in ("sd_mini", "prompts", "tests"):
         shutil.copytree(ROOT / name, out / name, ignore=ignore)
-    for name in ("advunlearn.py", "requirements.txt", "TUTORIAL.md", "LICENSE", ".gitignore"):
+    for name in ("advunlearn.py", "requirements.txt", "README.md", "TUTORIAL.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, out / name)
     with zipfile.ZipFile(out / "tests/reference.zip", "w") as solutions:
         for file in sorted({exercise.file for exercise in EXERCISES.values()}):

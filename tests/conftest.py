@@ -30,9 +30,17 @@ def pytest_addoption(parser):
     parser.addoption("--grade-seed", type=int, default=0, help="seed of the grader's inputs")
 
 
+def grades(config):
+    return config.getoption("--exercise") or assignment.REFERENCE.is_file()
+
+
+def pytest_configure(config):
+    if grades(config) and config.option.tbstyle == "auto":
+        config.option.tbstyle = "line"  # what was expected, without the grader's source
+
+
 def pytest_ignore_collect(collection_path, config):
-    graded = config.getoption("--exercise") or assignment.REFERENCE.is_file()
-    return True if graded and collection_path.name.startswith("test_") and collection_path.name != "test_exercises.py" else None
+    return True if grades(config) and collection_path.name.startswith("test_") and collection_path.name != "test_exercises.py" else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -41,7 +49,7 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    if not (config.getoption("--exercise") or assignment.REFERENCE.is_file()):
+    if not grades(config):
         return
     passed = {report.nodeid.split("[")[-1].rstrip("]") for report in terminalreporter.stats.get("passed", []) if report.when == "call"}
     ran = passed | {report.nodeid.split("[")[-1].rstrip("]") for report in terminalreporter.stats.get("failed", [])}

@@ -44,8 +44,10 @@ def check(number):
 def close(found, expected, what, tolerance=1e-4):
     found, expected = torch.as_tensor(found), torch.as_tensor(expected)
     assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
-    worst = (found.double() - expected.double()).abs().max().item() if found.numel() else 0.0
-    assert worst <= tolerance, f"{what}: off by {worst:.3g}"
+    found, expected = found.detach().double(), expected.detach().double()
+    worst, ratio = (found - expected).abs().max().item(), (found / expected).flatten()
+    everywhere = ratio[0].isfinite() and (ratio - ratio[0]).abs().max() < 1e-3 * ratio[0].abs()  # a sign, a sum for a mean
+    assert worst <= tolerance, f"{what}: off by {worst:.3g}" + (f", {ratio[0]:.3g} times what it should be" if everywhere else "")
 
 
 def random(seed, *shape):
