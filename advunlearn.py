@@ -132,7 +132,7 @@ class Config:
     eval_steps: int = setting(50, "DDIM steps of the pictures that are judged", low=1, high=500)
     eval_prefix: int = setting(3, "k, tokens of the prefix in evaluation", low=1)
     eval_attack_steps: int = setting(200, "steps of each attack in evaluation", low=1)
-    eval_looks: int = setting(5, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
+    eval_looks: int = setting(3, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
                                  "concept ends the attack on its prompt", low=1)
     eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack", low=1e-10)
     eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10)
@@ -159,9 +159,10 @@ class Config:
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
 # reach "a sketch of a church" by itself: hence four phrasings, fewer and longer steps, an eta and gamma that pull harder
 # both ways, and some plain steps, without which the unattacked prompt stays under-trained. The attack's prefix is two
-# tokens longer than the evaluation's. Found on church (seeds 0, 1) and parachute (seed 0).
-TOY = dict(layers=0, steps=300, warmup=30, lr=1e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=4.0,
-           retain_batch=8, attack_steps=8, attack_lr=0.01, prefix=5, trajectories=48, trajectory_steps=25,
+# tokens longer than the evaluation's; its few steps are as long together as the embeddings' spread three times over.
+# Found on church (seeds 0, 1) and parachute (seed 0).
+TOY = dict(layers=0, steps=450, warmup=30, lr=1e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=4.0,
+           retain_batch=8, attack_steps=4, attack_lr=0.02, prefix=5, trajectories=48, trajectory_steps=25,
            retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4)
 
 PHRASINGS = {  # by kind of concept

@@ -209,7 +209,8 @@ def train_clip(out, work, device):
 
 
 def train_judge(out, work, device):
-    """Cross-entropy on object, style and colour; blurred and noisy copies too, since decoded pictures are a bit soft."""
+    """Cross-entropy on object, style and colour; blurred, noisy, darker, lighter and more saturated copies too, since
+    decoded pictures are a bit soft, and guidance saturates and darkens them."""
     sets = [dataset(work, "day", PICTURES, seed=0), dataset(work, "dusk", DUSK_PICTURES, seed=1, look="dusk"),
             dataset(work, "empty", EMPTY_PICTURES, seed=2, empty=True)]
     images, labels = (torch.cat([s[i] for s in sets]) for i in (0, 1))
@@ -222,6 +223,9 @@ def train_judge(out, work, device):
         soft = F.avg_pool2d(F.pad(image, (1, 1, 1, 1), mode="replicate"), 3, 1)
         mix = torch.rand(96, 1, 1, 1, generator=generator).to(device)
         image = mix * image + (1 - mix) * soft
+        gamma, saturation = (2 ** torch.rand(2, 96, 1, 1, 1, generator=generator).mul(2).sub(1)).to(device)
+        gray = image.mean(1, keepdim=True)
+        image = (gray + saturation * (image - gray)).clamp(1e-3, 1) ** gamma
         image = image + 0.06 * torch.rand(96, 1, 1, 1, generator=generator).to(device) * torch.randn(
             image.shape, generator=generator).to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16):
