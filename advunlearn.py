@@ -128,7 +128,7 @@ class Config:
                                               ("token", "embedding", "inversion"))
     eval_set: str | None = setting(None, "CSV of the prompts to attack (default: prompts/CONCEPT.csv, or from templates)")
     eval_prompts: int = setting(50, "prompts of the concept to attack; and at most as many paraphrases and neighbours", low=1)
-    eval_utility: int = setting(60, "held-out prompts without the concept, for utility", low=1)
+    eval_utility: int = setting(60, "held-out prompts without the concept, for utility", low=2)
     eval_steps: int = setting(50, "DDIM steps of the pictures that are judged", low=1, high=500)
     eval_prefix: int = setting(3, "k, tokens of the prefix in evaluation", low=1)
     eval_attack_steps: int = setting(200, "steps of each attack in evaluation", low=1)

@@ -222,6 +222,7 @@ BAD = [  # arguments -> what the line says
     ("--plain-share 2", "--plain-share 2.0: must be between 0 and 1"),
     ("--phrasings 13", "--phrasings 13: must be between 1 and 12"),
     ("--eval-looks 9 --eval-attack-steps 4", "--eval-looks 9: must be at most --eval-attack-steps"),
+    ("--eval-utility 1", "--eval-utility 1: must be a number, at least 2"),
     ("--layers 5 --out {new}", "--layers 5: this text encoder has 4"),
     ("--prefix 30 --out {new}", "with 30 more it exceeds the 24 that the model reads"),
     ("--retain-batch 500 --out {new}", "--retain-batch 500: --retain-set toy has 9 prompts that do not name the concept"),

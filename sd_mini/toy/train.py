@@ -256,6 +256,8 @@ def train_unet_dusk(out, work, device):
 
 
 def denoising_loss(unet, out, data, work, device, name):
+    """-> loss_of(generator) for `fit`: the noise-prediction loss on the data's latents, which are encoded once, with one of
+    each picture's captions."""
     images, _, captions = data
     text_encoder, vae = load_part(out / "text_encoder", "text_encoder", device), load_part(out / "vae", "vae", device)
     tokenizer, schedule = toy_tokenizer(out), Schedule(SCHEDULER_CONFIG)
