@@ -48,10 +48,10 @@ def longest(n, steps):
     return sum(1 - ((k - 1) / steps) ** n for k in range(1, steps + 1))
 
 
-def examination(config):
-    """UNet evaluations of scoring one model, in closed form, where no attack breaks anything: pictures of the concept's and
-    the utility prompts; each attack's steps, 3 a prompt; its looks."""
-    drawn = 2 * config.eval_steps * (config.eval_prompts + config.eval_utility)
+def examination(config, related=20):
+    """UNet evaluations of scoring one model, in closed form, where no attack breaks anything: pictures of the concept's, the
+    utility and the related prompts (church has 8 paraphrases and 12 neighbours); each attack's steps, 3 a prompt; its looks."""
+    drawn = 2 * config.eval_steps * (config.eval_prompts + config.eval_utility + related)
     attack = config.eval_prompts * (3 * config.eval_attack_steps + 2 * config.eval_steps * config.eval_looks)
     return drawn + len(config.eval_attacks) * attack
 
