@@ -91,7 +91,9 @@ def score(number):
     """Run an open exercise in this folder, and print what counts."""
     _, _, flags = SCORED[number]
     out = ROOT / f"runs/exercise-{number}"
-    subprocess.run([sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite", "--out", str(out)], cwd=ROOT, check=True)
+    run = subprocess.run([sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite", "--out", str(out)], cwd=ROOT)
+    if run.returncode:
+        sys.exit("error: that run failed, see above; the blanks of exercises 1 to 10 must be filled before an open one is scored")
     figures = json.loads((out / "results.json").read_text())["results"]["erased"]
     print(f"Exercise {number}  " + ", ".join(f"{name} {100 * figures[name]['rate']:.0f} %" for name in (
         "pre_attack_asr", "token_asr", "embedding_asr", "utility")))
