@@ -63,7 +63,7 @@ class Attack(NamedTuple):
 @dataclass
 class Config:
     """Every setting is a flag, `--erase-batch 4` for `erase_batch`. Training's defaults are the paper's; an evaluation
-    attack takes 200 steps, where UnlearnDiffAtk's takes up to 40 at each of 50 time steps."""
+    attack takes 180 steps, where UnlearnDiffAtk's takes up to 40 at each of 50 time steps."""
 
     concept: str = setting("church", "what to erase, several with commas; prompts/concepts.csv has settings for some")
     task: str = setting("train", "train: erase, then evaluate; evaluate: score --text-encoder; compare: erase in the ways of "
@@ -131,7 +131,7 @@ class Config:
     eval_utility: int = setting(60, "held-out prompts without the concept, for utility", low=2)
     eval_steps: int = setting(50, "DDIM steps of the pictures that are judged", low=1, high=500)
     eval_prefix: int = setting(3, "k, tokens of the prefix in evaluation", low=1)
-    eval_attack_steps: int = setting(200, "steps of each attack in evaluation", low=1)
+    eval_attack_steps: int = setting(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = setting(3, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
                                  "concept ends the attack on its prompt", low=1)
     eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack", low=1e-10)
@@ -157,11 +157,11 @@ class Config:
 
 
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
-# reach "a sketch of a church" by itself: hence four phrasings, fewer and longer steps, an eta and gamma that pull harder
-# both ways, and some plain steps, without which the unattacked prompt stays under-trained. The attack's prefix is two
-# tokens longer than the evaluation's; its few steps are as long together as the embeddings' spread three times over.
-# Found on church (seeds 0, 1) and parachute (seed 0).
-TOY = dict(layers=0, steps=450, warmup=30, lr=1e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=4.0,
+# reach "a sketch of a church" by itself: hence all four layers (the token embeddings stay, as with the paper's single layer),
+# four phrasings, fewer and longer steps, an eta and gamma that pull harder both ways, and some plain steps, without which
+# the unattacked prompt stays under-trained. The attack's prefix is two tokens longer than the evaluation's; its few steps
+# are as long together as the embeddings' spread three times over. Found on church (seeds 0, 1) and parachute (seed 0).
+TOY = dict(layers=4, steps=450, warmup=30, lr=2e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=2.5,
            retain_batch=8, attack_steps=4, attack_lr=0.02, prefix=5, trajectories=48, trajectory_steps=25,
            retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4)
 
@@ -293,19 +293,13 @@ class Latents(NamedTuple):
 @torch.no_grad()
 def sample_latents(sd_o, prompts, seeds, config, stop=None):
     """Guided DDIM runs of the frozen model, one per prompt and seed, kept at every step; both predictions fall out of
-    guided sampling for free. With `stop` (N,), the step at which each run ends: only the latents there.
+    guided sampling for free. With `stop` the runs end at that step, and only the latents there are kept.
     """
-    context, kept = sd_o.encode_prompt(prompts), []
-    steps, rows = config.trajectory_steps, torch.arange(len(prompts))
-    run = sd_o.denoise(sd_o.initial_noise(seeds), context, steps, config.trajectory_guidance)
-    for i, (t, x_t, eps_c, eps_empty) in enumerate(run):
-        if i == steps:
-            break
-        here = rows if stop is None else rows[stop == i]
-        kept.append(Latents(here, torch.full_like(here, t), x_t[here], eps_c[here], eps_empty[here]))
-        if stop is not None and i == stop.max():
-            break
-    return Latents(*map(torch.cat, zip(*kept)))
+    run = sd_o.denoise(sd_o.initial_noise(seeds), sd_o.encode_prompt(prompts), config.trajectory_steps, config.trajectory_guidance)
+    rows, kept = torch.arange(len(prompts)), []
+    for _, (t, x_t, eps_c, eps_empty) in zip(range(config.trajectory_steps if stop is None else stop + 1), run):
+        kept.append(Latents(rows, torch.full_like(rows, t), x_t, eps_c, eps_empty))
+    return Latents(*map(torch.cat, zip(*(kept if stop is None else kept[-1:]))))
 
 
 def trajectory_bank(sd_o, prompts, config, seed):
@@ -328,13 +322,12 @@ def trajectory_bank(sd_o, prompts, config, seed):
 
 
 def fresh_trajectories(sd_o, prompts, config):
-    """The published schedule, for comparison: each draw is a sampling run of its own, up to a random step."""
+    """The published schedule, for comparison: each draw is n sampling runs of its own, up to a random step."""
     def draw(n, generator):
         prompt = torch.randint(len(prompts), (n,), generator=generator)
-        stop = torch.randint(config.trajectory_steps, (n,), generator=generator)
+        stop = int(torch.randint(config.trajectory_steps, (), generator=generator))
         seeds = torch.randint(2**31, (n,), generator=generator).tolist()
-        latents = sample_latents(sd_o, [prompts[i] for i in prompt], seeds, config, stop)
-        return latents.take(latents.prompt.argsort())._replace(prompt=prompt)  # they come by noise level; back in order
+        return sample_latents(sd_o, [prompts[i] for i in prompt], seeds, config, stop)._replace(prompt=prompt)
     return draw
 
 
@@ -984,6 +977,7 @@ def attempt(lab, config, out, name, sd=None):
 
 
 def finish(out, lab, config, results):
+    """results.json: the figures and all that it takes to get them again."""
     checkpoint.close_folder(out, {
         "config": asdict(config), "results": results, "unet_evaluations": lab.counted[0],
         "judge": {"name": lab.exam.judge.name, "rule": lab.exam.judge.rule}, "clip_score_by": lab.exam.clip_score.name,
@@ -1042,7 +1036,8 @@ def comparison(lab, config):
         "AdvUnlearn, UNet": dict(train="unet"),  # why the text encoder
         "AdvUnlearn, fast AT": dict(attack="fast"),  # one step of attack: cheaper
         "AdvUnlearn, token attack": dict(attack="token"),
-        **{f"AdvUnlearn, {n} layer{'s' * (n > 1)}": dict(layers=n) for n in range(1, layers + 1) if n != config.layers},
+        **{f"AdvUnlearn, {f'{n} layer' + 's' * (n > 1) if n else 'whole encoder'}": dict(layers=n)
+           for n in range(layers + 1) if n != config.layers},
         "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
         "AdvUnlearn, other retain set": dict(retain_set={"coco": "imagenet", "toy": "scenes"}.get(config.retain_set, "coco")),
     }

@@ -32,20 +32,13 @@ def schedule(config, prompts=(1, 80)):
 
         (trajectories + trajectories) * trajectory_steps * 2    +    each step, 3 a latent
 
-    Afresh, each latent drawn costs a guided run up to a step drawn evenly, 2 * (trajectory_steps + 1) / 2 on average
-    (a batch of runs goes on until its longest ends).
+    Afresh, each latent drawn costs a guided run up to a step drawn evenly, 2 * (trajectory_steps + 1) / 2 on average.
     """
-    attacked = 0 if config.attack == "none" else (config.steps - config.warmup) * config.attack_steps * config.erase_batch
-    drawn = [config.erase_batch] * (attacked // config.erase_batch + config.steps) + [config.retain_batch] * config.steps
-    learning = 3 * sum(drawn)
-    if not config.fresh_trajectories:
-        return learning + 2 * config.trajectory_steps * sum(max(config.trajectories, n) for n in prompts)
-    return learning + sum(2 * n * longest(n, config.trajectory_steps) for n in drawn)
-
-
-def longest(n, steps):
-    """The mean number of steps of the longest of n runs, each 1 ... steps long: sum over k of P(longest >= k)."""
-    return sum(1 - ((k - 1) / steps) ** n for k in range(1, steps + 1))
+    attacks = 0 if config.attack == "none" else (config.steps - config.warmup) * config.attack_steps
+    drawn = (attacks + config.steps) * config.erase_batch + config.steps * config.retain_batch
+    if config.fresh_trajectories:
+        return drawn * (3 + config.trajectory_steps + 1)
+    return drawn * 3 + 2 * config.trajectory_steps * sum(max(config.trajectories, n) for n in prompts)
 
 
 def examination(config, related=20):

@@ -36,7 +36,7 @@ def changed(a, b):
 
 def test_whole_text_encoder_is_trained_and_nothing_else(sd):
     before = copy.deepcopy((sd.text_encoder, sd.unet, sd.vae))
-    erased, _ = erase(sd)
+    erased, _ = erase(sd, layers=0)
     assert changed(sd.text_encoder, erased.text_encoder) == set(sd.text_encoder.state_dict())
     for module, original in zip((sd.text_encoder, sd.unet, sd.vae), before):  # the frozen model's bytes
         assert not changed(module, original)
@@ -106,8 +106,8 @@ def test_fresh_trajectories_draw_the_same_kind_of_latents(sd):
     prompts = ["a church", "a photo of a church"]
     draw = au.fresh_trajectories(sd, prompts, SMALL)
     z = draw(6, torch.Generator().manual_seed(0))
-    assert z.t.tolist() != sorted(z.t.tolist(), reverse=True)  # no row is always the noisiest
-    assert len(z.t) == 6 and set(z.t.tolist()) <= set(sd.schedule.timesteps(SMALL.trajectory_steps))
+    drawn = {t for seed in range(20) for t in draw(1, torch.Generator().manual_seed(seed)).t.tolist()}
+    assert len(z.t) == 6 and drawn == set(sd.schedule.timesteps(SMALL.trajectory_steps))  # any step, also the last
     context = sd.encode_prompt([prompts[i] for i in z.prompt])
     torch.testing.assert_close(sd.predict_noise(z.x_t, z.t, context), z.eps_c, rtol=1e-3, atol=1e-4)
 
@@ -174,6 +174,16 @@ def test_unet_evaluations_are_those_of_the_formula(sd, changes):
     assert bench.iterations(sd, config)[1] == bench.schedule(config, (1, 2))
     fresh = replace(config, fresh_trajectories=True)
     assert bench.iterations(sd, fresh)[1] == pytest.approx(bench.schedule(fresh), rel=0.35)
+
+
+def test_examination_takes_the_evaluations_of_the_formula(sd, monkeypatch):
+    """To a judge who sees nothing no attack succeeds: the bench's worst case."""
+    monkeypatch.setattr(au, "shown", lambda judge, pictures, rows: [False] * len(rows))
+    config = replace(SMALL, concept="church", eval_prompts=2, eval_utility=3, eval_steps=3, eval_attack_steps=4, eval_looks=2)
+    exam, counted = au.set_exam(sd, au.read_concepts("church"), config), au.count_evaluations(sd)
+    drawn = au.draw_exam(sd, exam, config)
+    au.evaluate(sd, au.Lab([], sd, exam, drawn, counted, 0.0), drawn, config)
+    assert counted[0] == bench.examination(config, related=len(exam.paraphrases + exam.neighbours + exam.styles))
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
