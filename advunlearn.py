@@ -136,7 +136,7 @@ class Config:
                                  "concept ends the attack on its prompt", low=1)
     eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack", low=1e-10)
     eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10)
-    eval_batch: int = setting(25, "prompts attacked, and pictures drawn, at a time", low=1)
+    eval_batch: int = setting(5, "prompts attacked, and pictures drawn, at a time; 5 takes no more memory than training", low=1)
     save_images: str | None = setting(None, "folder for every evaluation picture, prompt and seed in its name")
 
     @property
@@ -163,7 +163,8 @@ class Config:
 # are as long together as the embeddings' spread three times over. Found on church (seeds 0, 1) and parachute (seed 0).
 TOY = dict(layers=4, steps=450, warmup=30, lr=2e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=2.5,
            retain_batch=8, attack_steps=4, attack_lr=0.02, prefix=5, trajectories=48, trajectory_steps=25,
-           retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4)
+           retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4,
+           eval_batch=25)
 
 PHRASINGS = {  # by kind of concept
     "object": ("{}", "a photo of a {}", "a sketch of a {}", "a painting of a {} by van gogh", "a red {} in the snow",

@@ -3,7 +3,8 @@
     python -m tests.bench              all rows, some twenty minutes on two cores
     python -m tests.bench help toy     some rows
 
-A UNet evaluation is one picture through the UNet once; a backward counts as two more.
+A UNet evaluation is one picture through the UNet once; a backward counts as two more. The rows at Stable Diffusion's own size
+need CUDA, and no download: random weights cost what trained ones cost.
 """
 import argparse
 import copy
@@ -21,9 +22,22 @@ from tqdm import tqdm
 
 import advunlearn as au
 import sd_mini
+from sd_mini.weights import PARTS
 
 ROOT = Path(au.__file__).parent
+GPU = "cuda" if torch.cuda.is_available() else None
 PAPER = au.Config(model="toy", device="cpu", layers=0, retain_weight=0.5)  # the paper's schedule, on the toy's weights
+
+V1 = {  # the configs of CompVis/stable-diffusion-v1-4
+    "unet": dict(in_channels=4, out_channels=4, sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
+                 cross_attention_dim=768, attention_head_dim=8,
+                 down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+                 up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3),
+    "vae": dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+    "text_encoder": dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+                         max_position_embeddings=77, hidden_act="quick_gelu"),
+}
 
 
 def schedule(config, prompts=(1, 80)):
@@ -63,6 +77,14 @@ def iterations(sd, config):
     return time.time() - (times[-1] if times else begin), counted[0]
 
 
+def v1(dtype):
+    """Stable Diffusion 1's networks with random weights, the text encoder in fp32; the toy's tokenizer serves."""
+    with torch.device(GPU):
+        parts = {part: PARTS[part][0](config).requires_grad_(False).to(dtype) for part, config in V1.items()}
+    parts["text_encoder"].float()
+    return replace(sd_mini.load("toy"), **parts)
+
+
 def spread(values):
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
@@ -79,11 +101,42 @@ def bench_examination():
     return f"{ours:,} against {training:,}: {ours / training:.2f} times as many", "1 times as many"
 
 
+def bank_against_fresh(ours, published, config, repeats):
+    """An iteration's seconds, of the one model with the bank and of the other afresh -> the row's text."""
+    bank, fresh = zip(*((iterations(ours, config)[0], iterations(published, replace(config, fresh_trajectories=True))[0])
+                        for _ in tqdm(range(repeats), "iteration")))
+    ratio = statistics.median(fresh) / statistics.median(bank)
+    return f"{spread(bank)} s against {spread(fresh)} s: {ratio:.1f} times less"
+
+
 def bench_iteration(repeats=5):
     """Seconds an iteration, with the bank and afresh."""
-    sd, one = sd_mini.load("toy"), replace(PAPER, steps=1, warmup=0)
-    bank, fresh = zip(*((iterations(sd, one)[0], iterations(sd, replace(one, fresh_trajectories=True))[0]) for _ in tqdm(range(repeats), "iteration")))
-    return (f"{spread(bank)} s against {spread(fresh)} s: {statistics.median(fresh) / statistics.median(bank):.1f} times less", "12 times less")
+    sd = sd_mini.load("toy")
+    return bank_against_fresh(sd, sd, replace(PAPER, steps=1, warmup=0), repeats), "12 times less"
+
+
+def bench_v1_iteration(repeats=5):
+    """Seconds an iteration at full size on the GPU, with the bank in bf16 and afresh in fp32."""
+    if not GPU:
+        return "no GPU here", "25 times less"
+    config = replace(PAPER, steps=1, warmup=0, layers=1, trajectories=4, eval_batch=4)
+    return bank_against_fresh(v1(torch.bfloat16), v1(torch.float32), config, repeats), "25 times less"
+
+
+def bench_v1_memory():
+    """Most GPU memory held at full size in bf16, retain batch 5; and with --low-memory."""
+    goal, peaks = "12 and 8 GiB", []
+    if not GPU:
+        return "no GPU here", goal
+    for low_memory in (False, True):
+        sd = v1(torch.bfloat16)
+        if low_memory:
+            sd_mini.recompute_activations(sd.unet)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        iterations(sd, replace(PAPER, steps=2, warmup=1, layers=1))
+        peaks.append(torch.cuda.max_memory_allocated() / 2**30)
+    return "{:.1f} and {:.1f} GiB".format(*peaks), goal
 
 
 def bench_sampling(repeats=5, prompts=8, steps=20):

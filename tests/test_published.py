@@ -17,6 +17,8 @@ from sd_mini.unet import UNet
 from sd_mini.vae import VAE
 from sd_mini.weights import TOY
 
+from .bench import V1
+
 diffusers = pytest.importorskip("diffusers", reason="diffusers, the reference, is not installed")
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
@@ -305,20 +307,10 @@ def test_what_is_not_there_says_so_in_one_line(hub, source, message):
 
 # --- full size, without its memory
 
-V1_UNET = dict(in_channels=4, out_channels=4, sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
-               cross_attention_dim=768, attention_head_dim=8,
-               down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-               up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
-V1_VAE = dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-              down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
-V1_TEXT = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-               max_position_embeddings=77, hidden_act="quick_gelu")
-
-
 @pytest.mark.parametrize("ours, reference, config, count", [
-    (UNet, lambda c: diffusers.UNet2DConditionModel(**c), V1_UNET, 859_520_964),
-    (VAE, lambda c: diffusers.AutoencoderKL(**c), V1_VAE, 83_653_863),
-    (TextEncoder, lambda c: CLIPTextModel(CLIPTextConfig(**c)), V1_TEXT, 123_060_480),
+    (UNet, lambda c: diffusers.UNet2DConditionModel(**c), V1["unet"], 859_520_964),
+    (VAE, lambda c: diffusers.AutoencoderKL(**c), V1["vae"], 83_653_863),
+    (TextEncoder, lambda c: CLIPTextModel(CLIPTextConfig(**c)), V1["text_encoder"], 123_060_480),
 ])
 def test_full_size_names_shapes_and_counts(ours, reference, config, count):
     with torch.device("meta"):
@@ -342,7 +334,7 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in unet.paramet
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_loading_takes_the_memory_of_the_weights_once(tmp_path, dtype):
     """Peak memory of the process grows by at most 1.2 times the weights, also where half precision is widened."""
-    config = {**V1_UNET, "block_out_channels": [96, 192, 384, 384], "norm_num_groups": 32}
+    config = {**V1["unet"], "block_out_channels": [96, 192, 384, 384], "norm_num_groups": 32}
     sd_mini.save_part(UNet(config), tmp_path, "unet", dtype)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=True,
                           cwd=Path(sd_mini.__file__).parent.parent)

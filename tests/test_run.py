@@ -2,6 +2,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 import advunlearn as au
+from sd_mini import read_json
+from sd_mini.weights import TOY
 
 from . import bench
 
@@ -184,6 +187,16 @@ def test_examination_takes_the_evaluations_of_the_formula(sd, monkeypatch):
     drawn = au.draw_exam(sd, exam, config)
     au.evaluate(sd, au.Lab([], sd, exam, drawn, counted, 0.0), drawn, config)
     assert counted[0] == bench.examination(config, related=len(exam.paraphrases + exam.neighbours + exam.styles))
+
+
+def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
+    """... and with one are filled; here small networks on the CPU stand in for it."""
+    monkeypatch.setattr(bench, "GPU", None)
+    assert bench.bench_v1_iteration()[0] == bench.bench_v1_memory()[0] == "no GPU here"
+    monkeypatch.setattr(bench, "GPU", "cpu")
+    monkeypatch.setattr(bench, "PAPER", replace(bench.PAPER, attack_steps=1, trajectory_steps=2))
+    monkeypatch.setattr(bench, "V1", {part: read_json(TOY / part / "config.json") for part in bench.V1})
+    assert re.fullmatch(r"[\d.]+ \(.*\) s against [\d.]+ \(.*\) s: [\d.]+ times less", bench.bench_v1_iteration(repeats=1)[0])
 
 
 def test_two_processes_give_what_one_gives(tmp_path):
