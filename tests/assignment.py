@@ -24,10 +24,10 @@ from .exercises import CHECKS, EXERCISES
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).with_name("reference.zip")  # in a student's copy: the solutions
-SCORED = {  # the open exercises: title, task, flags of the run that is scored
-    11: ("a better attack", "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the same number of "
+SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
+    11: (9, "a better attack", "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the same number of "
          "steps (`--eval-attack-steps`); hand in a sentence on why it does.", ["--attack", "none", "--retain-weight", "0"]),
-    12: ("a better retain set", "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that AdvUnlearn keeps "
+    12: (7, "a better retain set", "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that AdvUnlearn keeps "
          "more, colours and places included, and stays as robust.", ["--retain-set", "mine"]),
 }
 
@@ -82,14 +82,14 @@ def handout(chosen):
              "one cannot sink the others. Seeds can be given, `pytest --grade-seed 7`: a copied constant does not pass.", "",
              "    pip install -r requirements.txt", "    pytest --exercise 1", "", "| exercise | what | where | TUTORIAL.md |", "| --- | --- | --- | --- |"]
     lines += [f"| {n} | {e.title} | {', '.join(f'`{name}`' for name in e.functions)} in `{e.file}` | section {e.section} |" for n, e in chosen.items()]
-    lines += [f"| {n} | {title} (open) | {task} | section 7 |" for n, (title, task, _) in SCORED.items()]
+    lines += [f"| {n} | {title} (open) | {task} | section {section} |" for n, (section, title, task, _) in SCORED.items()]
     lines += ["", "The open exercises are scored by what the toy then does: `python -m tests.assignment --score 11`, a few minutes on a laptop."]
     return "\n".join(lines) + "\n"
 
 
 def score(number):
     """Run an open exercise in this folder, and print what counts."""
-    _, _, flags = SCORED[number]
+    *_, flags = SCORED[number]
     out = ROOT / f"runs/exercise-{number}"
     run = subprocess.run([sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite", "--out", str(out)], cwd=ROOT)
     if run.returncode:
