@@ -141,7 +141,7 @@ def test_command_line_end_to_end(tmp_path):
     assert printed.startswith("model: toy") and "ASR, token attack" in printed
     assert all(len(line) <= 80 for line in printed.splitlines() if str(tmp_path) not in line)
     assert {p.name for p in a.iterdir()} == {"text_encoder", "results.json", "samples.png", "losses.png", "README.md"}
-    run("--concept", "church", *FLAGS, "--out", str(b))
+    assert au.main(au.parse(["--concept", "church", *FLAGS, "--out", str(b)])) == 0
     weights = [(folder / "text_encoder/model.safetensors").read_bytes() for folder in (a, b)]
     assert weights[0] == weights[1]
 
