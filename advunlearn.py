@@ -5,14 +5,14 @@
 Zhang et al., "Defensive Unlearning with Adversarial Training for Robust Concept Erasure in Diffusion Models", NeurIPS
 2024 (arXiv 2405.15234); the evaluation attack is UnlearnDiffAtk, Zhang et al., ECCV 2024 (arXiv 2310.11868). Read from
 top to bottom beside the paper: settings, diffusion, erase, attack, retain, outer loop, evaluation, command line. The
-model behind it, `sd_mini`, is used through four calls: encode a prompt, predict noise, sample, decode.
+model behind it, `sd_mini`, is used through four calls: encode a prompt, predict noise, denoise step by step, sample.
 
 Glossary
     theta, theta_o  the weights in training; the original, frozen ones. In code: the models `sd` and `sd_o`
     eps             Gaussian noise; eps_theta(x_t | c) is the noise that the model sees in x_t, given the prompt c; eps_o
                     is what the original model sees
     x_0, x_t, t     a picture's latents (4, h, w); the same with noise of time step t in [0, 1000) added
-    alpha_bar_t     how much of x_0 is left in x_t
+    alpha_bar_t     how much of x_0 is left in x_t, as a share of variance
     c, c', c*       the concept's prompt; the same with some prefix; with the worst prefix that the attack finds
     empty, r        the empty prompt; a retain prompt, for something else
     delta           the prefix as embeddings (k, D), one row a token; p: the prefix as k distributions over the vocabulary
@@ -134,7 +134,7 @@ class Config:
     eval_attack_steps: int = setting(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = setting(3, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
                                  "concept ends the attack on its prompt", low=1)
-    eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack", low=1e-10)
+    eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack, in training too", low=1e-10)
     eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10)
     eval_batch: int = setting(5, "prompts attacked, and pictures drawn, at a time; 5 takes no more memory than training", low=1)
     save_images: str | None = setting(None, "folder for every evaluation picture, prompt and seed in its name")
@@ -298,6 +298,7 @@ def sample_latents(sd_o, prompts, seeds, config, stop=None):
     """
     run = sd_o.denoise(sd_o.initial_noise(seeds), sd_o.encode_prompt(prompts), config.trajectory_steps, config.trajectory_guidance)
     rows, kept = torch.arange(len(prompts)), []
+    # The range comes first: zip then stops before the UNet is asked once more.
     for _, (t, x_t, eps_c, eps_empty) in zip(range(config.trajectory_steps if stop is None else stop + 1), run):
         kept.append(Latents(rows, torch.full_like(rows, t), x_t, eps_c, eps_empty))
     return Latents(*map(torch.cat, zip(*(kept if stop is None else kept[-1:]))))
@@ -461,7 +462,8 @@ def retain_loss(sd, x_t, t, context, eps_r):
 
 def without_concept(prompts, words):
     """-> (prompts kept, prompts that contain one of the words): a retain set that holds the concept undoes erasing."""
-    names = [any(f" {w} " in f" {p.lower()} " for w in words) for p in prompts]
+    named = re.compile(rf"\b({'|'.join(map(re.escape, words))})(s|es)?\b", re.IGNORECASE)
+    names = [bool(named.search(p)) for p in prompts]
     return [p for p, named in zip(prompts, names) if not named], [p for p, named in zip(prompts, names) if named]
 
 
@@ -482,7 +484,7 @@ def parameters_to_train(sd, config):
 
 
 def adversarial_prefix(sd, ids, draw, config, generator):
-    """Solve the lower level: -> (delta (N, k, D), mean l_atk at the last step).
+    """Solve the lower level: -> (delta (N, k, D), mean l_atk just before its last step).
 
     Each of the N = `erase_batch` rows gets a prefix of its own, and each attack step new latents, so that a prefix
     works at any t and for any phrasing of the concept (`ids`).
@@ -512,7 +514,9 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
 
         min over theta  l_ESD(theta, c*) + gamma * E_r || eps_theta(x_t | r) - eps_o(x_t | r) ||^2,   c* = argmin l_atk
 
-    With `attack` none and gamma 0 this is ESD; with gamma 0 alone it is plain adversarial training.
+    With `attack` none and gamma 0 this is ESD; with gamma 0 alone it is plain adversarial training. The banks' seed is
+    1,000,000 * (seed + 1); one generator, of seed `seed`, draws all else, in this order: after warm-up and with an attack,
+    whether the iteration is a plain one; the erase latents; the prefix; the retain latents.
     """
     generator = torch.Generator().manual_seed(config.seed)
     source = (partial(fresh_trajectories, config=config) if config.fresh_trajectories
@@ -535,7 +539,7 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
                 context = encode_with_prefix(sd, ids[z.prompt], delta)
             target = esd_target(z.eps_c, z.eps_empty, config.eta)
             l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
-            r = draw_retain(config.retain_batch, generator).take(ranks.TURN)
+            r = draw_retain(config.retain_batch, generator).take(ranks.TURN)  # all of them; under torchrun this process's share
             losses = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c)
             l_retain = ranks.mean(losses, config.retain_batch)
 
@@ -874,6 +878,8 @@ def settings(given):
             (config.task == "evaluate" and not config.text_encoder, "--task evaluate: give --text-encoder"),
             (config.task in ("train", "compare") and config.text_encoder, "--text-encoder: is for --task evaluate and sample"),
             (config.task in ("compare", "sample") and config.save_images, "--save-images: is for --task train and evaluate"),
+            (config.task == "compare" and {"attack", "train", "retain_unfiltered", "eval_attacks"} & given.keys(),
+             "--task compare: sets --attack, --train, --retain-unfiltered and --eval-attacks itself, row by row"),
             (ranks.COUNT > config.retain_batch, f"--retain-batch {config.retain_batch}: is shared among {ranks.COUNT} processes, so "
                                                 "at least as many")):
         if wrong:
@@ -992,7 +998,7 @@ def erase_or_score(config):
     name = report.slug(config.concept) + ("-evaluate" if config.task == "evaluate" else "")
     config, out = with_concept_settings(config), Path(config.out or Path("runs") / name)
     for source in (config.text_encoder, config.model):
-        if config.overwrite and source and out.resolve() in Path(source).resolve().parents:
+        if config.overwrite and source and out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
             raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
     if checkpoint.is_finished(out, asdict(config)):
         print(f"{out}: is finished; --overwrite starts anew")

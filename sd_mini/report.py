@@ -261,16 +261,17 @@ pipeline("a photo of a {concept}").images[0].save("picture.png")
 
 def model_card(config, results, source, folder):
     """A Hugging Face model card of a run: what was erased, how, the figures, and how to load it."""
-    hub, toy = str(config.model).count("/") == 1, config.model in TOY_UNETS
+    hub, toy = str(config.model).count("/") == 1 and not Path(config.model).exists(), config.model in TOY_UNETS
     settings = ("steps", "warmup", "lr", "layers", "attack", "attack_steps", "attack_lr", "prefix", "retain_weight",
                 "retain_batch", "seed")
     text = config.module == "text_encoder"
     method = ("ESD (arXiv 2303.07345): erased without an attack in the loop, and not robust, see the figures" if config.attack == "none"
+              else "adversarial training without the retain loss: it draws ever less of anything" if not config.retain_weight
               else f'AdvUnlearn (arXiv 2405.15234), so that "{config.concept}" stays erased under adversarial prompts')
     return CARD.format(
         method=method,
         base=f"base_model: {config.model}\n" if hub else "", model=config.model, concept=config.concept, part=config.module,
         license="mit" if toy else "creativeml-openrail-m" if "stable-diffusion-v1" in str(config.model) else "other",
         settings=", ".join(f"{name} {getattr(config, name)}" for name in settings), table=table(results),
-        k=config.eval_prefix, steps=config.eval_attack_steps, source=source, folder=folder,
+        k=config.eval_prefix, steps=config.eval_attack_steps, source=config.model if hub else source, folder=folder,
         library="transformers" if text else "diffusers", cls="CLIPTextModel" if text else "UNet2DConditionModel")

@@ -2,6 +2,7 @@
 import hashlib
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -46,11 +47,15 @@ def load(model="toy", device="cpu", dtype=torch.float32, revision=None, tokenize
     else:
         folder, places = path, {"unet": TOY_UNETS.get(str(model), "unet")}
         check_pipeline(folder)
-        parts = {part: load_part(folder / places.get(part, part), part, device, dtype) for part in PARTS}
-    parts["text_encoder"].float()
+        parts = {part: load_part(folder / places.get(part, part), part, device, precision(part, dtype)) for part in PARTS}
     schedule = Schedule(read_json(folder / "scheduler/scheduler_config.json"))
     tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"), clean_up_tokenization_spaces=False)
     return StableDiffusion(tokenizer, schedule=schedule, folder=folder, **parts)
+
+
+def precision(part, dtype):
+    """The text encoder is read in float32, not widened to it afterwards: rounded it would be another."""
+    return torch.float32 if part == "text_encoder" else dtype
 
 
 def load_text_encoder(source, device="cpu", dtype=torch.float32, revision=None):
@@ -210,25 +215,23 @@ def fill(network, tensors, source):
 def load_single_file(path, folder, device, dtype):
     """A checkpoint in the original layout; the configs come from `folder`."""
     configs = {part: read_json(folder / part / "config.json") for part in PARTS}
-    parts = {part: {} for part in PARTS}
+    parts = {}
     for start, what in (("conditioner.", "an SDXL checkpoint"), ("cond_stage_model.model.", "a Stable Diffusion 2.x single "
                         "file; take the diffusers folder of it")):
         if any(name.startswith(start) for name in tensor_names(path)):
             raise ValueError(f"{path}: {what}; single files are opened for Stable Diffusion 1.x only")
 
-    def rename(name):
+    def rename(part, name):
         try:
-            return original.rename(name, configs)
+            found = original.rename(name, configs)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        if found and found[0] == part:
+            return DIFFUSERS_NAMES[part](found[1]) if part in DIFFUSERS_NAMES else found[1]
 
-    for (part, name), tensor in read_tensors([path], device, dtype, rename).items():
-        name = DIFFUSERS_NAMES[part](name) if part in DIFFUSERS_NAMES else name
-        parts[part][name] = tensor
-    for part, tensors in parts.items():
-        network = build(PARTS[part][0], configs[part], folder / part / "config.json")
-        fill(network, tensors, path)
-        parts[part] = network
+    for part in PARTS:
+        parts[part] = build(PARTS[part][0], configs[part], folder / part / "config.json")
+        fill(parts[part], read_tensors([path], device, precision(part, dtype), partial(rename, part)), path)
     return parts
 
 
@@ -254,10 +257,16 @@ def fingerprint(network):
 
 
 def save_pipeline(sd, folder):
-    """Write a whole pipeline in the diffusers layout; tokenizer and scheduler are copied from where `sd` came from."""
+    """Write a whole pipeline in the diffusers layout; tokenizer and scheduler are copied from where `sd` came from. Its
+    index names only what is there: the published ones have a safety checker too."""
     folder = Path(folder)
     for part in PARTS:
         save_part(getattr(sd, part), folder / part, part)
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(sd.folder / part, folder / part, dirs_exist_ok=True)
-    shutil.copy(sd.folder / "model_index.json", folder / "model_index.json")
+    write_json(folder / "model_index.json", {
+        "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None], "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", read_json(sd.folder / "scheduler/scheduler_config.json").get("_class_name", "DDIMScheduler")]})

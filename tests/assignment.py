@@ -28,7 +28,7 @@ SCORED = {  # the open exercises: section, title, task, flags of the run that is
     11: (9, "a better attack", "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the same number of "
          "steps (`--eval-attack-steps`); hand in a sentence on why it does.", ["--attack", "none", "--retain-weight", "0"]),
     12: (7, "a better retain set", "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that AdvUnlearn keeps "
-         "more, colours and places included, and stays as robust.", ["--retain-set", "mine"]),
+         "more, styles included, and stays as robust.", ["--retain-set", "mine"]),
 }
 
 
@@ -96,7 +96,7 @@ def score(number):
         sys.exit("error: that run failed, see above; the blanks of exercises 1 to 10 must be filled before an open one is scored")
     figures = json.loads((out / "results.json").read_text())["results"]["erased"]
     print(f"Exercise {number}  " + ", ".join(f"{name} {100 * figures[name]['rate']:.0f} %" for name in (
-        "pre_attack_asr", "token_asr", "embedding_asr", "utility")))
+        "pre_attack_asr", "token_asr", "embedding_asr", "utility", "neighbours", "styles")))
 
 
 # --- grading

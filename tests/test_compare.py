@@ -11,7 +11,7 @@ import transformers
 import advunlearn as au
 from sd_mini import judges, report
 
-from .test_run import FLAGS, SMALL, run
+from .test_run import FLAGS, SMALL
 
 CONCEPTS = ["church", "garbage truck", "parachute", "tench", "van gogh"]
 
@@ -163,11 +163,11 @@ def test_toy_clip_score_prefers_the_right_prompt(sd):
     assert min(right) > max(wrong)
 
 
-def test_compare_from_the_command_line(tmp_path):
+def test_compare_from_the_command_line(tmp_path, capsys):
     """Three methods, twice: nothing is done again; a second seed joins the table."""
     flags = ["--task", "compare", "--methods", "original", "2", "AdvUnlearn", *FLAGS, "--out", str(tmp_path)]
-    printed = run(*flags).stdout
-    assert all(len(line) <= 80 for line in printed.splitlines())
+    assert au.main(au.parse(flags)) == 0
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
     table = (tmp_path / "table.md").read_text()
     assert "| ESD |" in table and "| AdvUnlearn |" in table and "| naive AT |" not in table and "commit" in table
     weights = tmp_path / "advunlearn/seed-0/text_encoder/model.safetensors"

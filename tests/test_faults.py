@@ -26,7 +26,7 @@ from sd_mini.weights import TOY
 
 from .test_run import FLAGS, ROOT
 
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
 
 
 # --- runs survive
@@ -215,6 +215,8 @@ BAD = [  # arguments -> what the line says
     ("--task evaluate", "--task evaluate: give --text-encoder"),
     ("--text-encoder {wide} --out {new}", "--text-encoder: is for --task evaluate"),
     ("--task evaluate --text-encoder {missing}/text_encoder --out {missing} --overwrite", "--overwrite: would delete"),
+    ("--task evaluate --text-encoder {missing} --out {missing} --overwrite", "--overwrite: would delete"),
+    ("--task compare --attack none", "--task compare: sets --attack"),
     ("--resume --overwrite", "--resume --overwrite: the one goes on"),
     ("--concept church,tench --eval-set {two.csv} --out {new}", "two.csv, line 2: label"),
     ("--eval-set {long.csv} --out {new}", "with 3 more it exceeds the 24"),

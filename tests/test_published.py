@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -351,9 +352,13 @@ def test_saved_text_encoder_has_the_published_names(sd, tmp_path):
     close(sd.text_encoder(ids), CLIPTextModel.from_pretrained(tmp_path).float()(ids).last_hidden_state)
 
 
-def test_saved_pipeline_opens_in_diffusers_and_draws_the_same(sd, tmp_path):
-    sd_mini.save_pipeline(sd, tmp_path)
-    made = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path)
+def test_saved_pipeline_opens_in_diffusers_and_draws_the_same(sd, folder, tmp_path):
+    """... also where the original's index names a safety checker, which is not saved."""
+    shutil.copytree(TOY, folder, dirs_exist_ok=True)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}))
+    sd_mini.save_pipeline(replace(sd, folder=folder), tmp_path / "saved")
+    made = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     made.set_progress_bar_config(disable=True)
     expected = made("a photo of a church", latents=sd.initial_noise([5]), num_inference_steps=10, output_type="pt").images
     assert (sd.sample(["a photo of a church"], 5, 10, 7.5) - expected).abs().max() < 1 / 255
