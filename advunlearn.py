@@ -461,7 +461,8 @@ def retain_loss(sd, x_t, t, context, eps_r):
 
 
 def without_concept(prompts, words):
-    """-> (prompts kept, prompts that contain one of the words): a retain set that holds the concept undoes erasing."""
+    """-> (prompts kept, prompts that contain one of the words, in capitals or the plural too, but not within another word): a
+    retain set that holds the concept undoes erasing."""
     named = re.compile(rf"\b({'|'.join(map(re.escape, words))})(s|es)?\b", re.IGNORECASE)
     names = [bool(named.search(p)) for p in prompts]
     return [p for p, named in zip(prompts, names) if not named], [p for p, named in zip(prompts, names) if named]

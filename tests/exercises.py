@@ -183,10 +183,10 @@ def retain_loss_is_zero_at_the_original(s, seed):
 
 @check(9)
 def retain_set_loses_the_concept_as_whole_words(s, seed):
-    prompts = ["a photo of a Church", "a churchill", "a garbage truck", "a truck", "a chapel"]
+    prompts = ["a photo of a Church", "a churchill", "a garbage truck", "a truck", "chapels, at night"]
     kept, dropped = s.without_concept(prompts, ("church", "chapel", "garbage truck"))
-    assert (kept, dropped) == (["a churchill", "a truck"], ["a photo of a Church", "a garbage truck", "a chapel"]), (
-        f"kept {kept}: prompts that hold a word of the concept, in capitals or not, are dropped; parts of words are not")
+    assert (kept, dropped) == (["a churchill", "a truck"], ["a photo of a Church", "a garbage truck", "chapels, at night"]), (
+        f"kept {kept}: prompts that hold a word of the concept, in capitals, plural or before a comma, are dropped; parts of words are not")
 
 
 # --- 5, 7: prompts, and the simplex
