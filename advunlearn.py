@@ -674,7 +674,7 @@ def set_exam(sd_o, concepts, config):
                for role in ("paraphrase", "neighbour")]
     styles, utility = ([row for row in read_rows(suite, role=role) if row.label not in names] for role in ("style", "utility"))
     sets = rows, *related, styles[: config.eval_prompts], utility[: config.eval_utility]
-    judge, called = judges.load_judge(spec, names, {row.label for part in sets[2:] for row in part}, config.device)
+    judge, called = judges.load_judge(spec, names, {row.label for part in sets for row in part} - {*names}, config.device)
     sets = [[row._replace(label=called.get(row.label, row.label)) for row in part] for part in sets]
     unknown = sorted({row.label for part in sets for row in part if judge.known is not None and row.label not in judge.known})
     if unknown:
@@ -1054,23 +1054,24 @@ def comparison(lab, config):
 def compare(config):
     """--task compare: every method of the comparison with the same prompts, seeds and budgets. Each leaves its folder,
     OUT/METHOD/seed-N; what is there already, with the same settings, is not done again, and the table takes in all seeds
-    that are there."""
+    that are there. Under torchrun the processes take turns at the methods."""
     config = with_concept_settings(replace(config, eval_attacks=("token", "embedding", "inversion")))
     lab = open_lab(config)
     out, methods = Path(config.out or Path("runs") / f"{report.slug(config.concept)}-compare"), comparison(lab, config)
     numbered = {str(i): name for i, name in enumerate(methods)}
-    wanted = [numbered.get(method, method) for method in config.methods or methods]
+    wanted = list(dict.fromkeys(numbered.get(method, method) for method in config.methods or methods))  # each once
     if unknown := set(wanted) - set(methods):
         raise ValueError(f"--methods {min(unknown)}: there are {', '.join(f'{i} {name}' for i, name in numbered.items())}")
-    for name in tqdm(wanted, "comparing"):
-        row = replace(config, methods=(), out=None, save_images=None, **(methods[name] or {}))
-        folder = out / report.slug(name) / f"seed-{config.seed}"
-        if not checkpoint.is_finished(folder, asdict(replace(row, resume=True))):
-            ranks.first(checkpoint.open_folder, folder, asdict(row))
-            result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)[1:]
-            ranks.first(report.save_thumbnails, folder, pictures)
-            ranks.first(finish, folder, lab, row, {name: result})
-        text = ranks.first(report.write_comparison, out, methods, lab.exam, config)
+    with ranks.apart() as turn:
+        for name in tqdm(wanted[turn], "comparing"):
+            row = replace(config, methods=(), out=None, save_images=None, **(methods[name] or {}))
+            folder = out / report.slug(name) / f"seed-{config.seed}"
+            if not checkpoint.is_finished(folder, asdict(replace(row, resume=True))):
+                checkpoint.open_folder(folder, asdict(row))
+                result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)[1:]
+                report.save_thumbnails(folder, pictures)
+                finish(folder, lab, row, {name: result})
+    text = ranks.first(report.write_comparison, out, methods, lab.exam, config)
     print(text)
 
 

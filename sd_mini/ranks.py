@@ -1,11 +1,13 @@
-"""Several GPUs: `torchrun --nproc-per-node=N advunlearn.py ...` starts N processes; alone, all of this does nothing.
+"""Several processes: `torchrun --nproc-per-node=N advunlearn.py ...` starts N; alone, all of this does nothing.
 
-Each process holds the whole model and draws the same random numbers. What comes in batches is computed in turns and
-exchanged, gradients are averaged, and only process 0 prints and writes (attacks excepted, which each keeps in the run's folder).
+Each holds the whole model and draws the same random numbers. What comes in batches is computed in turns and exchanged,
+gradients are averaged, and only process 0 prints and writes (attacks excepted, which each keeps in the run's folder). The
+runs of a comparison are dealt out whole instead.
 """
 import atexit
 import os
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import partialmethod
 
@@ -80,3 +82,16 @@ def first(act, *arguments):
     result = act(*arguments) if RANK == 0 else None
     meet()
     return result
+
+
+@contextmanager
+def apart():
+    """Within, each process works as if alone -> its turn of a list of jobs; afterwards all meet."""
+    global RANK, COUNT, TURN
+    together = RANK, COUNT, TURN
+    RANK, COUNT, TURN = 0, 1, slice(None)
+    try:
+        yield together[2]
+    finally:
+        RANK, COUNT, TURN = together
+    meet()

@@ -253,7 +253,7 @@ from diffusers import StableDiffusionPipeline
 from {library} import {cls}
 
 {part} = {cls}.from_pretrained("{folder}")
-pipeline = StableDiffusionPipeline.from_pretrained("{source}", {part}={part})
+pipeline = StableDiffusionPipeline.{opener}("{source}", {part}={part})
 pipeline("a photo of a {concept}").images[0].save("picture.png")
 ```
 """
@@ -262,6 +262,7 @@ pipeline("a photo of a {concept}").images[0].save("picture.png")
 def model_card(config, results, source, folder):
     """A Hugging Face model card of a run: what was erased, how, the figures, and how to load it."""
     hub, toy = str(config.model).count("/") == 1 and not Path(config.model).exists(), config.model in TOY_UNETS
+    single_file = Path(config.model).is_file()
     settings = ("steps", "warmup", "lr", "layers", "attack", "attack_steps", "attack_lr", "prefix", "retain_weight",
                 "retain_batch", "seed")
     text = config.module == "text_encoder"
@@ -273,5 +274,6 @@ def model_card(config, results, source, folder):
         base=f"base_model: {config.model}\n" if hub else "", model=config.model, concept=config.concept, part=config.module,
         license="mit" if toy else "creativeml-openrail-m" if "stable-diffusion-v1" in str(config.model) else "other",
         settings=", ".join(f"{name} {getattr(config, name)}" for name in settings), table=table(results),
-        k=config.eval_prefix, steps=config.eval_attack_steps, source=config.model if hub else source, folder=folder,
+        k=config.eval_prefix, steps=config.eval_attack_steps, folder=folder,
+        opener="from_single_file" if single_file else "from_pretrained", source=config.model if hub or single_file else source,
         library="transformers" if text else "diffusers", cls="CLIPTextModel" if text else "UNet2DConditionModel")

@@ -2,6 +2,8 @@
 figures."""
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ import transformers
 import advunlearn as au
 from sd_mini import judges, report
 
-from .test_run import FLAGS, SMALL
+from .test_run import FLAGS, ROOT, SMALL
 
 CONCEPTS = ["church", "garbage truck", "parachute", "tench", "van gogh"]
 
@@ -156,6 +158,15 @@ def test_judges_of_the_hub(saved, sd):
         judges.load_judge(str(saved / "classifier"), ["tench"], set(), "cpu")
 
 
+def test_a_clip_is_told_the_labels_of_the_prompts_of_ones_own_too(saved, sd, tmp_path):
+    """Else a prompt that is labelled otherwise than the concept could never count as shown."""
+    (tmp_path / "mine.csv").write_text("prompt,label\na minster,a minster\n")
+    config = replace(SMALL, eval_set=str(tmp_path / "mine.csv"), judge=f"{saved / 'clip'}:a church building")
+    exam = au.set_exam(sd, au.read_concepts("church"), config)
+    assert exam.rows[0].label in exam.judge.choices and {"a church building"} < {*exam.judge.choices}
+    assert "church" not in exam.judge.choices
+
+
 def test_toy_clip_score_prefers_the_right_prompt(sd):
     pictures = sd.sample(["a photo of a church", "a photo of a car"], seed=[0, 1], steps=15)
     score = judges.ToyCLIPScore(sd)
@@ -164,7 +175,7 @@ def test_toy_clip_score_prefers_the_right_prompt(sd):
 
 
 def test_compare_from_the_command_line(tmp_path, capsys):
-    """Three methods, twice: nothing is done again; a second seed joins the table."""
+    """Three methods, twice: nothing is done again; a second seed, dealt out to two processes, joins the table."""
     flags = ["--task", "compare", "--methods", "original", "2", "AdvUnlearn", *FLAGS, "--out", str(tmp_path)]
     assert au.main(au.parse(flags)) == 0
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
@@ -174,9 +185,13 @@ def test_compare_from_the_command_line(tmp_path, capsys):
     written = weights.stat().st_mtime_ns
     assert au.main(au.parse(flags)) == 0
     assert weights.stat().st_mtime_ns == written
-    assert au.main(au.parse([*flags, "--seed", "1", "--methods", "ESD"])) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "advunlearn.py"]
+    two = subprocess.run([*command, *flags, "--seed", "1", "--methods", "original", "ESD"], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert two.stdout.count("\nESD ") == 1 and two.stdout.count("\noriginal ") == 1  # the table, once
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results["pooled"]["ESD"]["token_asr"]["n"] == 6 and set(results["seeds"]["ESD"]) == {"seed-0", "seed-1"}
+    for method in ("original", "ESD"):
+        assert results["pooled"][method]["token_asr"]["n"] == 6 and set(results["seeds"][method]) == {"seed-0", "seed-1"}
+    assert results["seeds"]["ESD"]["seed-1"]["unet_evaluations"] == results["seeds"]["ESD"]["seed-0"]["unet_evaluations"]  # one process did it all
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
 
 
