@@ -5,7 +5,9 @@
 Zhang et al., "Defensive Unlearning with Adversarial Training for Robust Concept Erasure in Diffusion Models", NeurIPS
 2024 (arXiv 2405.15234); the evaluation attack is UnlearnDiffAtk, Zhang et al., ECCV 2024 (arXiv 2310.11868). Read from
 top to bottom beside the paper: settings, diffusion, erase, attack, retain, outer loop, evaluation, command line. The
-model behind it, `sd_mini`, is used through four calls: encode a prompt, predict noise, denoise step by step, sample.
+model behind it, `sd_mini`, is used through four calls: encode a prompt, predict noise, denoise step by step, sample; and
+where a text becomes tokens, a picture latents, or latents noisy, through its parts `tokenizer`, `text_encoder`, `vae` and
+`schedule`.
 
 Glossary
     theta, theta_o  the weights in training; the original, frozen ones. In code: the models `sd` and `sd_o`
@@ -20,6 +22,7 @@ Glossary
     gamma           the weight of the retain loss
     N, L, D, k, V   prompts in a batch, context length in tokens, embedding width, tokens of the prefix, of the vocabulary
     || . ||^2       in all losses the mean over coordinates, so that they compare across sizes
+    ranks           what several processes share under torchrun; in one process TURN is everything, and nothing else happens
 """
 from __future__ import annotations
 
@@ -27,11 +30,9 @@ import argparse
 import copy
 import csv
 import difflib
-import json
 import math
 import platform
 import re
-import shutil
 import signal
 import sys
 import time
@@ -134,7 +135,7 @@ class Config:
     eval_attack_steps: int = setting(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = setting(3, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
                                  "concept ends the attack on its prompt", low=1)
-    eval_token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack, in training too", low=1e-10)
+    token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack, of evaluation and of training", low=1e-10)
     eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10)
     eval_batch: int = setting(5, "prompts attacked, and pictures drawn, at a time; 5 takes no more memory than training", low=1)
     save_images: str | None = setting(None, "folder for every evaluation picture, prompt and seed in its name")
@@ -147,12 +148,12 @@ class Config:
     def training_attack(self):
         if self.attack == "fast":  # one step as long as all steps of the full attack together
             return Attack("fast", 1, self.attack_steps * self.attack_lr, self.prefix, self.attack_radius)
-        lr = self.eval_token_lr if self.attack == "token" else self.attack_lr  # p and delta have scales of their own
+        lr = self.token_lr if self.attack == "token" else self.attack_lr  # p and delta have scales of their own
         return Attack(self.attack, self.attack_steps, lr, self.prefix, self.attack_radius)
 
     def evaluation_attack(self, kind):
         """Inversion learns a single embedding, the others a prefix."""
-        return Attack(kind, self.eval_attack_steps, self.eval_token_lr if kind == "token" else self.eval_embedding_lr,
+        return Attack(kind, self.eval_attack_steps, self.token_lr if kind == "token" else self.eval_embedding_lr,
                       1 if kind == "inversion" else self.eval_prefix)
 
 
@@ -460,11 +461,15 @@ def retain_loss(sd, x_t, t, context, eps_r):
     return squared_error(sd.predict_noise(x_t, t, context), eps_r)
 
 
+def one_of(words):
+    """A pattern that finds any of the words, in capitals or the plural too, but not within another word."""
+    return re.compile(rf"\b({'|'.join(map(re.escape, words))})(s|es)?\b", re.IGNORECASE)
+
+
 def without_concept(prompts, words):
-    """-> (prompts kept, prompts that contain one of the words, in capitals or the plural too, but not within another word): a
-    retain set that holds the concept undoes erasing."""
-    named = re.compile(rf"\b({'|'.join(map(re.escape, words))})(s|es)?\b", re.IGNORECASE)
-    names = [bool(named.search(p)) for p in prompts]
+    """-> (prompts kept, prompts that name the concept by one of the words): a retain set that holds it undoes erasing."""
+    pattern = one_of(words)
+    names = [bool(pattern.search(p)) for p in prompts]
     return [p for p, named in zip(prompts, names) if not named], [p for p, named in zip(prompts, names) if named]
 
 
@@ -583,13 +588,13 @@ class Concept(NamedTuple):
     def words(self):
         return (self.name, *self.synonyms)
 
-    def rows(self):
-        """Evaluation prompts: prompts/NAME.csv, or else the phrasings, with seeds."""
+    def rows(self, config):
+        """Evaluation prompts: prompts/NAME.csv, or else the phrasings that are not erased in training (all, where all are)."""
         path = PROMPTS / f"{report.slug(self.name)}.csv"
         if path.is_file():
-            return read_rows(path, self.name)
-        phrasings = PHRASINGS[self.kind]
-        return [Row(phrasings[i % len(phrasings)].format(self.name), 5000 + i, 7.5, self.name) for i in range(50)]
+            return read_rows(path, self.name)[: config.eval_prompts]
+        unseen = PHRASINGS[self.kind][config.phrasings :] or PHRASINGS[self.kind]
+        return [Row(unseen[i % len(unseen)].format(self.name), 5000 + i, 7.5, self.name) for i in range(config.eval_prompts)]
 
 
 def read_csv(path, column="prompt"):
@@ -669,11 +674,12 @@ def set_exam(sd_o, concepts, config):
     if config.eval_set:
         rows = read_rows(Path(config.eval_set), names[0] if len(names) == 1 else None)[: config.eval_prompts]
     else:
-        rows = [row for c in concepts for row in c.rows()[: config.eval_prompts]]
-    related = [[row for c in concepts for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
-               for role in ("paraphrase", "neighbour")]
-    styles, utility = ([row for row in read_rows(suite, role=role) if row.label not in names] for role in ("style", "utility"))
-    sets = rows, *related, styles[: config.eval_prompts], utility[: config.eval_utility]
+        rows = [row for c in concepts for row in c.rows(config)]
+    paraphrases, neighbours = ([row for c in concepts for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
+                               for role in ("paraphrase", "neighbour"))
+    neighbours, styles, utility = ([row for row in part if row.label not in names] for part in (
+        neighbours, read_rows(suite, role="style"), read_rows(suite, role="utility")))
+    sets = rows, paraphrases, neighbours, styles[: config.eval_prompts], utility[: config.eval_utility]
     judge, called = judges.load_judge(spec, names, {row.label for part in sets for row in part} - {*names}, config.device)
     sets = [[row._replace(label=called.get(row.label, row.label)) for row in part] for part in sets]
     unknown = sorted({row.label for part in sets for row in part if judge.known is not None and row.label not in judge.known})
@@ -754,7 +760,7 @@ def inversion_attack(sd, rows, targets, words, attack, config):
     2308.01508), with Gal et al. 2022.
     """
     generator, star = torch.Generator().manual_seed(config.seed), sd.tokenizer("*").input_ids[1]
-    name = re.compile(rf"\b({'|'.join(map(re.escape, words))})\b", re.IGNORECASE)
+    name = one_of(words)
     texts = [name.sub(" * ", r.prompt) if name.search(r.prompt) else f"* {r.prompt}" for r in rows]
     ids, x_0 = check_room(sd, texts, 0), torch.cat([sd.vae.encode(2 * part - 1) for part in targets.split(config.eval_batch)])
     table = sd.text_encoder.embeddings.token_embedding.weight
@@ -881,8 +887,10 @@ def settings(given):
             (config.task in ("compare", "sample") and config.save_images, "--save-images: is for --task train and evaluate"),
             (config.task == "compare" and {"attack", "train", "retain_unfiltered", "eval_attacks"} & given.keys(),
              "--task compare: sets --attack, --train, --retain-unfiltered and --eval-attacks itself, row by row"),
-            (ranks.COUNT > config.retain_batch, f"--retain-batch {config.retain_batch}: is shared among {ranks.COUNT} processes, so "
-                                                "at least as many")):
+            (config.attack == "token" and {"attack_lr", "attack_radius"} & given.keys(),
+             "--attack token: --token-lr is its learning rate, and it has no radius"),
+            (config.task == "train" and ranks.COUNT > config.retain_batch,
+             f"--retain-batch {config.retain_batch}: is shared among {ranks.COUNT} processes, so at least as many")):
         if wrong:
             raise ValueError(message)
     return config
@@ -984,10 +992,10 @@ def attempt(lab, config, out, name, sd=None):
     return sd, {**result, **(training if history and from_the_start else {})}, {**drawn, **attacked}
 
 
-def finish(out, lab, config, results):
-    """results.json: the figures and all that it takes to get them again."""
+def write_results(out, lab, config, results):
+    """results.json: the figures and all that it takes to get them again. UNet evaluations are those of this process."""
     checkpoint.close_folder(out, {
-        "config": asdict(config), "results": results, "unet_evaluations": lab.counted[0],
+        "config": asdict(config), "results": results, "unet_evaluations": lab.counted[0], "processes": ranks.COUNT,
         "judge": {"name": lab.exam.judge.name, "rule": lab.exam.judge.rule}, "clip_score_by": lab.exam.clip_score.name,
         "seconds": round(time.time() - lab.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")},
@@ -1012,10 +1020,10 @@ def erase_or_score(config):
     for name, model in (("original", lab.sd_o), ("erased", erased)):
         sd, results[name], pictures[name] = attempt(lab, config, out, name, model)
     print(report.table(results))
-    ranks.first(leave, out, lab, config, sd, results, pictures)
+    ranks.first(write_outputs, out, lab, config, sd, results, pictures)
 
 
-def leave(out, lab, config, sd, results, pictures):
+def write_outputs(out, lab, config, sd, results, pictures):
     """What a run leaves in its folder besides the weights; results.json last."""
     report.plot_samples(out / "samples.png", lab.exam, pictures, config.eval_attacks)
     if config.task == "train":
@@ -1025,7 +1033,7 @@ def leave(out, lab, config, sd, results, pictures):
         report.save_images(Path(config.save_images) / name, lab.exam, pictures[name])
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
-    finish(out, lab, config, results)
+    write_results(out, lab, config, results)
     memory = f", at most {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB on the GPU" if config.device != "cpu" else ""
     print(f"{out}: {', '.join(sorted(p.name for p in out.iterdir()))}\n{lab.counted[0]:,} UNet evaluations, "
           f"{time.time() - lab.started:.0f} s{memory}")
@@ -1062,16 +1070,18 @@ def compare(config):
     wanted = list(dict.fromkeys(numbered.get(method, method) for method in config.methods or methods))  # each once
     if unknown := set(wanted) - set(methods):
         raise ValueError(f"--methods {min(unknown)}: there are {', '.join(f'{i} {name}' for i, name in numbered.items())}")
-    with ranks.apart() as turn:
-        for name in tqdm(wanted[turn], "comparing"):
-            row = replace(config, methods=(), out=None, save_images=None, **(methods[name] or {}))
-            folder = out / report.slug(name) / f"seed-{config.seed}"
-            if not checkpoint.is_finished(folder, asdict(replace(row, resume=True))):
-                checkpoint.open_folder(folder, asdict(row))
-                result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)[1:]
-                report.save_thumbnails(folder, pictures)
-                finish(folder, lab, row, {name: result})
-    text = ranks.first(report.write_comparison, out, methods, lab.exam, config)
+    rows = {name: replace(config, methods=(), out=None, save_images=None, **(methods[name] or {})) for name in methods}
+    folders = {name: out / report.slug(name) / f"seed-{config.seed}" for name in methods}
+    todo = [name for name in wanted if not checkpoint.is_finished(folders[name], asdict(replace(rows[name], resume=True)))]
+    with ranks.apart(todo) as mine:
+        for name in tqdm(mine, "comparing"):
+            row, folder, lab = rows[name], folders[name], lab._replace(started=time.time())
+            lab.counted[0] = 0
+            checkpoint.open_folder(folder, asdict(row))
+            result, pictures = attempt(lab, row, folder, "erased", lab.sd_o if methods[name] is None else None)[1:]
+            report.save_thumbnails(folder, pictures)
+            write_results(folder, lab, row, {name: result})
+    text = ranks.first(report.write_comparison, out, {name: asdict(row) for name, row in rows.items()}, lab.exam, config)
     print(text)
 
 
@@ -1115,4 +1125,4 @@ def main(given):
 
 
 if __name__ == "__main__":
-    sys.exit(main(GIVEN))
+    ranks.leave(main(GIVEN))

@@ -4,7 +4,6 @@ Each holds the whole model and draws the same random numbers. What comes in batc
 gradients are averaged, and only process 0 prints and writes (attacks excepted, which each keeps in the run's folder). The
 runs of a comparison are dealt out whole instead.
 """
-import atexit
 import os
 import sys
 from contextlib import contextmanager
@@ -26,8 +25,7 @@ def join(device):
         return
     if device != "cpu":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(hours=6))
-    atexit.register(dist.destroy_process_group)
+    dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=7))
     if RANK:
         sys.stdout = open(os.devnull, "w")
         tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
@@ -85,13 +83,26 @@ def first(act, *arguments):
 
 
 @contextmanager
-def apart():
-    """Within, each process works as if alone -> its turn of a list of jobs; afterwards all meet."""
+def apart(jobs):
+    """Within, each process works as if alone -> the jobs that are its own, the first to choose another in each round; before and
+    afterwards all meet."""
     global RANK, COUNT, TURN
+    meet()
+    mine = [job for i, job in enumerate(jobs) if (i + i // COUNT) % COUNT == RANK]
     together = RANK, COUNT, TURN
     RANK, COUNT, TURN = 0, 1, slice(None)
     try:
-        yield together[2]
+        yield mine
     finally:
         RANK, COUNT, TURN = together
     meet()
+
+
+def leave(status):
+    """End this process; where it failed, without a farewell, for which the others would have to be there."""
+    if COUNT > 1 and status == 0:
+        dist.destroy_process_group()
+    elif COUNT > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

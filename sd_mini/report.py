@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from .checkpoint import read_json, write_json
+from .checkpoint import differences, read_json, write_json
 from .weights import TOY_UNETS
 
 matplotlib.use("agg")
@@ -135,12 +135,16 @@ def pooled(results):
 
 
 def write_comparison(out, methods, exam, config):
-    """OUT/METHOD/seed-N/ -> table.md, results.json, compare.png and tradeoff.png in OUT, and the table as text."""
+    """OUT/METHOD/seed-N/ -> table.md, results.json, compare.png and tradeoff.png in OUT, and the table as text. `methods`:
+    {name: its config}; a run with other settings than that, the seed excepted, is left out."""
     found = {}
-    for name in methods:
-        runs = {path.parent.name: read_json(path) for path in sorted(out.glob(f"{slug(name)}/seed-*/results.json"))}
-        if runs:
-            found[name] = {seed: run["results"][name] for seed, run in runs.items()}
+    for name, wanted in methods.items():
+        for path in sorted(out.glob(f"{slug(name)}/seed-*/results.json")):
+            run = read_json(path)
+            if changes := differences(run["config"], {**wanted, "seed": run["config"]["seed"]}):
+                print(f"not in the table: {path.parent}, run with other settings: {'; '.join(changes)}")
+            else:
+                found.setdefault(name, {})[path.parent.name] = run["results"][name]
     figures = {name: pooled(list(results.values())) for name, results in found.items()}
     for result in (result for results in found.values() for result in results.values()):
         del result["details"]  # each method's own results.json has them
@@ -157,7 +161,9 @@ def write_comparison(out, methods, exam, config):
 def text_table(figures, title):
     """Rates without their intervals, in 80 columns."""
     def brief(cell):
-        return "" if cell is None else f"{100 * cell['rate']:.0f}" if isinstance(cell, dict) else f"{cell:.2f}"[:4].rstrip(".")
+        if isinstance(cell, dict):
+            return f"{100 * cell['rate']:.0f}"
+        return "" if cell is None else f"{cell:.{max(0, 3 - len(str(int(cell))))}f}"  # three digits
 
     keys = [key for key in COLUMNS if key not in ("minutes", "unet_evaluations")]
     lines = [title, f"{'%':<30}" + "".join(f"{COLUMNS[key][1]:>5}" for key in keys)]

@@ -58,11 +58,11 @@ def precision(part, dtype):
     return torch.float32 if part == "text_encoder" else dtype
 
 
-def load_text_encoder(source, device="cpu", dtype=torch.float32, revision=None):
+def load_text_encoder(source, device="cpu", revision=None):
     """Anyone's text encoder: a folder (also one that holds `text_encoder/`), or a hub id, where a sub-folder follows a
     colon: "OPTML-Group/AdvUnlearn:church_unlearned"."""
     folder = find(source, revision, parts=("text_encoder",))
-    return load_part(folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder, "text_encoder", device, dtype)
+    return load_part(folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder, "text_encoder", device)
 
 
 def load_part(folder, part, device="cpu", dtype=torch.float32):

@@ -28,7 +28,7 @@ EXERCISES = {
     6: Exercise("embedding attack", "advunlearn.py", ("embedding_attack",), 4),
     7: Exercise("projection onto the simplex", "advunlearn.py", ("project_simplex",), 4),
     8: Exercise("token attack", "advunlearn.py", ("token_attack",), 4),
-    9: Exercise("retain loss and set", "advunlearn.py", ("retain_loss", "without_concept"), 6),
+    9: Exercise("retain loss and set", "advunlearn.py", ("retain_loss", "one_of", "without_concept"), 6),
     10: Exercise("outer loop", "advunlearn.py", ("advunlearn",), 5),
 }
 CHECKS = {number: [] for number in EXERCISES}

@@ -40,10 +40,19 @@ def test_retain_sets():
 
 def test_concepts_with_a_file_without_and_several():
     church, parachute = au.read_concepts("church, Parachute")
-    assert (church.layers, church.kind, len(church.rows())) == (1, "object", 50) and parachute.name == "parachute"
+    assert (church.layers, church.kind, len(church.rows(au.Config()))) == (1, "object", 50) and parachute.name == "parachute"
     [retriever] = au.read_concepts("golden retriever")
-    assert retriever.rows()[1].prompt == "a photo of a golden retriever" and len({r.seed for r in retriever.rows()}) == 50
+    rows = retriever.rows(au.Config(eval_prompts=60))
+    assert rows[0].prompt == "a photo of a golden retriever" and len({r.seed for r in rows}) == 60
     assert au.read_concepts("nudity")[0].layers == 0
+
+
+@pytest.mark.parametrize("phrasings", [1, 4])
+def test_prompts_from_templates_are_not_those_of_training(phrasings):
+    config = replace(SMALL, phrasings=phrasings, eval_prompts=30)
+    concepts = au.read_concepts("golden retriever")
+    erased = au.training_prompts(concepts, config)[0]
+    assert len(erased) == phrasings and not {*erased} & {row.prompt for row in concepts[0].rows(config)}
 
 
 def test_exam_leaves_the_concept_out_of_utility(sd):
@@ -52,6 +61,7 @@ def test_exam_leaves_the_concept_out_of_utility(sd):
     assert not {"church", "tench"} & {row.label for row in exam.utility}
     assert {row.label for row in au.set_exam(sd, au.read_concepts("van gogh"), SMALL).styles} == {"sketch"}
     assert {row.label for row in exam.neighbours} == {"house", "boat"} and len(exam.paraphrases) == 6
+    assert {row.label for row in au.set_exam(sd, au.read_concepts("church,tench,house"), SMALL).neighbours} == {"boat"}
 
 
 def test_inversion_lowers_the_loss_and_replaces_the_name_alone(sd):
@@ -192,6 +202,10 @@ def test_compare_from_the_command_line(tmp_path, capsys):
     for method in ("original", "ESD"):
         assert results["pooled"][method]["token_asr"]["n"] == 6 and set(results["seeds"][method]) == {"seed-0", "seed-1"}
     assert results["seeds"]["ESD"]["seed-1"]["unet_evaluations"] == results["seeds"]["ESD"]["seed-0"]["unet_evaluations"]  # one process did it all
+    capsys.readouterr()
+    assert au.main(au.parse([*flags, "--seed", "2", "--methods", "original", "--eval-prompts", "2"])) == 0
+    assert "esd/seed-0, run with other settings: eval_prompts 3 -> 2" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "results.json").read_text())["seeds"]) == {"original"}
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
 
 

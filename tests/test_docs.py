@@ -19,7 +19,8 @@ from .test_faults import cli
 from .test_run import FLAGS, ROOT
 
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "TUTORIAL.md")}
-COMMANDS = list(dict.fromkeys(line.strip() for text in DOCS.values() for line in re.findall(r"^    ((?:python|pip|pytest|KILLS).*)$", text, re.M)))
+COMMANDS = list(dict.fromkeys(line.replace("torchrun --nproc-per-node=2", "python")  # two processes: see test_run and test_compare
+                              for text in DOCS.values() for line in re.findall(r"^    ((?:python|pip|pytest|torchrun|KILLS).*)$", text, re.M)))
 METHOD = [part for command in COMMANDS for part in command.split(" && ") if part.startswith("python advunlearn.py")]
 MODULES = [au, sd_mini, sd_mini.checkpoint, sd_mini.judges, sd_mini.report, sd_mini.weights, sd_mini.pipeline.Schedule, sd_mini.toy.train,
            sd_mini.StableDiffusion, au.Config, assignment, bench]
@@ -42,7 +43,7 @@ def test_commands_of_the_method_run(tmp_path, monkeypatch):
     here = {}
     for command in METHOD:
         if not re.search(r"--help|stable-diffusion|--judge", command):
-            here.setdefault(re.sub(r" --(out|seed) \S+", "", command), command)  # one of those that differ in these alone
+            here.setdefault(re.sub(r" --(out|seed) \S+| --methods .*?(?= --|$)", "", command), command)  # one of those that differ in these alone
     done = set()
     for command in here.values():
         given = parsed(command)
@@ -104,7 +105,7 @@ def test_what_is_named_exists(name):
     assert not unknown_flags
     literal = {"config", "input_ids", "embeddings", "main", "toy", "church", "t", "E", "p", "eta", "gamma", "alpha_bar", "noise", "guidance",
                "eps_empty", "details", "results", "erased", "token", "prompt", "label", "evaluation_seed", "evaluation_guidance", "diffusers", "huggingface_hub", "HF_HOME",
-               "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at", "pytest", "original", "matplotlib", "tqdm", "KILLS", "complete", "imagenet"}
+               "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at", "pytest", "original", "matplotlib", "tqdm", "KILLS", "torchrun", "python", "complete", "imagenet"}
     settings = {f.name for f in au.fields(au.Config)}
     exists = lambda word: (word in literal | settings or any(hasattr_path(module, word) for module in MODULES) or (ROOT / word).exists()
                            or any(ROOT.glob(f"*/{word}")) or any(ROOT.glob(f"sd_mini/toy/{word}")) or word in RUN_FILES)

@@ -217,6 +217,7 @@ BAD = [  # arguments -> what the line says
     ("--task evaluate --text-encoder {missing}/text_encoder --out {missing} --overwrite", "--overwrite: would delete"),
     ("--task evaluate --text-encoder {missing} --out {missing} --overwrite", "--overwrite: would delete"),
     ("--task compare --attack none", "--task compare: sets --attack"),
+    ("--attack token --attack-lr 0.1", "--attack token: --token-lr is"),
     ("--resume --overwrite", "--resume --overwrite: the one goes on"),
     ("--concept church,tench --eval-set {two.csv} --out {new}", "two.csv, line 2: label"),
     ("--eval-set {long.csv} --out {new}", "with 3 more it exceeds the 24"),
