@@ -10,5 +10,5 @@ from .exercises import CHECKS, EXERCISES
 def test_exercise(number, check, sd, request):
     seed = request.config.getoption("--grade-seed")
     with assignment.standing_in(number, assignment.students(), assignment.references(), sd) as solution:
-        for s in (seed, seed + 1):
+        for s in (seed, seed + 1)[: 1 if number == 10 else 2]:  # 10 takes seconds
             check(solution, s)

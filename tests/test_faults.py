@@ -26,7 +26,7 @@ from sd_mini.weights import TOY
 
 from .test_run import FLAGS, ROOT
 
-KILLS = int(os.environ.get("KILLS", 2))
+KILLS = int(os.environ.get("KILLS", 3))
 
 
 # --- runs survive
