@@ -105,7 +105,7 @@ def test_what_is_named_exists(name):
     assert not unknown_flags
     literal = {"config", "input_ids", "embeddings", "main", "toy", "church", "t", "E", "p", "eta", "gamma", "alpha_bar", "noise", "guidance",
                "eps_empty", "details", "results", "erased", "token", "prompt", "label", "evaluation_seed", "evaluation_guidance", "diffusers", "huggingface_hub", "HF_HOME",
-               "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at", "pytest", "original", "matplotlib", "tqdm", "KILLS", "torchrun", "python", "complete", "imagenet"}
+               "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at", "cross_attention", "pytest", "original", "matplotlib", "tqdm", "KILLS", "torchrun", "python", "complete", "imagenet"}
     settings = {f.name for f in au.fields(au.Config)}
     exists = lambda word: (word in literal | settings or any(hasattr_path(module, word) for module in MODULES) or (ROOT / word).exists()
                            or any(ROOT.glob(f"*/{word}")) or any(ROOT.glob(f"sd_mini/toy/{word}")) or word in RUN_FILES)
