@@ -1,7 +1,11 @@
 import json
 import os
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one core for the tests, one for those beside them
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -23,6 +27,20 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
+# --- tests marked `beside` only wait for processes of their own: a thread begins them, one by one, beside the others
+
+def pytest_runtestloop(session):
+    if session.config.option.collectonly:
+        return
+    session.items.sort(key=lambda item: bool(item.get_closest_marker("beside")))  # their results are asked for last
+    thread, folder = ThreadPoolExecutor(1), tempfile.TemporaryDirectory()
+    session.config.add_cleanup(folder.cleanup)
+    for item in session.items:
+        if item.get_closest_marker("beside"):
+            begun = thread.submit(item.obj, Path(tempfile.mkdtemp(dir=folder.name)))
+            item.obj = lambda tmp_path, begun=begun: begun.result()
+
+
 # --- grading exercises: a student's copy runs these tests alone
 
 def pytest_addoption(parser):
@@ -35,6 +53,7 @@ def grades(config):
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "beside: runs in a thread, beside the others; takes tmp_path alone")
     if grades(config) and config.option.tbstyle == "auto":
         config.option.tbstyle = "line"  # what was expected, without the grader's source
 

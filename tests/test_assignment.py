@@ -112,6 +112,7 @@ def test_blanking_keeps_signature_docstring_and_everything_else():
     assert all(line in source for line in out.splitlines() if "NotImplementedError" not in line)
 
 
+@pytest.mark.beside
 def test_students_copy_is_graded_by_pytest(tmp_path):
     out = tmp_path / "homework"
     run = lambda *arguments, cwd=out: subprocess.run([sys.executable, "-m", *arguments], cwd=cwd, capture_output=True, text=True)

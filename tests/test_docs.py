@@ -1,4 +1,5 @@
 """README.md and TUTORIAL.md cannot drift: what they name exists, and their commands and Python run (on a small budget)."""
+import json
 import os
 import re
 import shlex
@@ -31,30 +32,39 @@ def parsed(command):
     return au.parse(shlex.split(command)[2:])
 
 
+def python(folder, *arguments):
+    """Run Python on the project there, well -> what it prints."""
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("command", METHOD)
 def test_commands_of_the_method_parse(command):
     if "--help" not in command:
         parsed(command)
 
 
-def test_commands_of_the_method_run(tmp_path, monkeypatch):
+RUN = "import json, sys, advunlearn\nfor given in json.loads(sys.argv[1]): assert advunlearn.main(given) == 0, given"
+
+
+@pytest.mark.beside
+def test_commands_of_the_method_run(tmp_path):
     """All that need no download, in the documents' order, in one folder, as a reader would; each on a small budget."""
-    monkeypatch.chdir(tmp_path)
     here = {}
     for command in METHOD:
         if not re.search(r"--help|stable-diffusion|--judge", command):
             here.setdefault(re.sub(r" --(out|seed) \S+| --methods .*?(?= --|$)", "", command), command)  # one of those that differ in these alone
-    done = set()
-    for command in here.values():
-        given = parsed(command)
+    runs, done = [], set()
+    for given in map(parsed, here.values()):
         small = au.parse([*FLAGS, "--eval-steps", "2", "--steps", "2", "--eval-attack-steps", "2", "--eval-looks", "1"])
         small = {"eval_steps": 2} if given.get("task") == "sample" else small
         small |= {"methods": ["ESD"]} if given.get("task") == "compare" else {}
         out = given.get("out") or ("runs/church" if given.get("task", "train") == "train" else "")
-        again = {"overwrite": True} if out in done else {}
-        assert au.main({**given, **small, **again}) == 0, command
+        runs.append({**given, **small, "overwrite": out in done})
         done.add(out)
-    assert len(here) >= 8
+    assert len(runs) >= 8
+    python(tmp_path, "-c", RUN, json.dumps(runs))
 
 
 MODULE_COMMANDS = {  # what else is documented: how to make it short; None for an hour of training and for this suite itself
@@ -63,29 +73,28 @@ MODULE_COMMANDS = {  # what else is documented: how to make it short; None for a
     "pytest": None, "python -m sd_mini.toy.train --out my-toy": None, "python -m sd_mini.toy.train --check": None}
 
 
+@pytest.mark.beside
 def test_other_commands_run(tmp_path):
     others = [part for command in COMMANDS for part in command.split(" && ") if not part.startswith("python advunlearn.py")]
     assert set(others) <= set(MODULE_COMMANDS)
     (tmp_path / "here").mkdir()
     for command in others:
         if MODULE_COMMANDS[command] is not None:
-            done = subprocess.run([sys.executable, *shlex.split(command + MODULE_COMMANDS[command])[1:]], cwd=tmp_path / "here", text=True,
-                                  env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
-            assert done.returncode == 0, done.stderr
+            python(tmp_path / "here", *shlex.split(command + MODULE_COMMANDS[command])[1:])
     assert (tmp_path / "here/church.png").stat().st_size > 3000 and (tmp_path / "homework/HANDOUT.md").is_file()
 
 
+@pytest.mark.beside
 def test_python_blocks_run(tmp_path):
     """... and print, up to the last digits, what stands below them."""
     pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
     blocks = [block for text in DOCS.values() for block in re.findall(pattern, text, re.M | re.S)]
     number = r"\d+\.\d+"
     for block, printed in blocks:
-        done = subprocess.run([sys.executable, "-c", block], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        out = python(ROOT, "-c", block)
         if printed:
-            assert re.sub(number, "#", done.stdout) == re.sub(number, "#", printed)
-            found, stated = ([float(n) for n in re.findall(number, text)] for text in (done.stdout, printed))
+            assert re.sub(number, "#", out) == re.sub(number, "#", printed)
+            found, stated = ([float(n) for n in re.findall(number, text)] for text in (out, printed))
             assert found == pytest.approx(stated, rel=0.05)
     assert any(printed for _, printed in blocks)
 

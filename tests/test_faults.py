@@ -42,6 +42,7 @@ def figures(out):
     return {key: value for key, value in results["results"]["erased"].items() if key not in ("minutes", "unet_evaluations")}
 
 
+@pytest.mark.beside
 def test_killed_runs_go_on_to_the_same_bytes(tmp_path):
     began = time.time()
     assert start(tmp_path / "whole").wait() == 0

@@ -1,7 +1,6 @@
 """The outer loop and the command line, end to end on a small budget."""
 import copy
 import json
-import os
 import re
 import subprocess
 import sys
@@ -199,11 +198,12 @@ def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
     assert re.fullmatch(r"[\d.]+ \(.*\) s against [\d.]+ \(.*\) s: [\d.]+ times less", bench.bench_v1_iteration(repeats=1)[0])
 
 
+@pytest.mark.beside
 def test_two_processes_give_what_one_gives(tmp_path):
     flags = ["--concept", "church", *FLAGS, "--eval-batch", "2", "--out"]
-    assert au.main(au.parse([*flags, str(tmp_path / "one")])) == 0
+    run(*flags, str(tmp_path / "one"))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "advunlearn.py", *flags, str(tmp_path / "two")],
-                   cwd=ROOT, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                   cwd=ROOT, check=True, capture_output=True)
     one, two = (load_file(tmp_path / name / "text_encoder/model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
     figures, again = (json.loads((tmp_path / name / "results.json").read_text())["results"]["erased"] for name in ("one", "two"))
