@@ -6,8 +6,8 @@ Zhang et al., "Defensive Unlearning with Adversarial Training for Robust Concept
 2024 (arXiv 2405.15234); the evaluation attack is UnlearnDiffAtk, Zhang et al., ECCV 2024 (arXiv 2310.11868). Read from
 top to bottom beside the paper: settings, diffusion, erase, attack, retain, outer loop, evaluation, command line. The
 model behind it, `sd_mini`, is used through four calls: encode a prompt, predict noise, denoise step by step, sample; and
-where a text becomes tokens, a picture latents, or latents noisy, through its parts `tokenizer`, `text_encoder`, `vae` and
-`schedule`.
+where a text becomes tokens, a picture latents, latents noisy, or a part is trained, through its parts `tokenizer`,
+`text_encoder`, `vae`, `schedule` and `unet`.
 
 Glossary
     theta, theta_o  the weights in training; the original, frozen ones. In code: the models `sd` and `sd_o`
@@ -17,6 +17,7 @@ Glossary
     alpha_bar_t     how much of x_0 is left in x_t, as a share of variance
     c, c', c*       the concept's prompt; the same with some prefix; with the worst prefix that the attack finds
     empty, r        the empty prompt; a retain prompt, for something else
+    z               in the loop: some `Latents`, each with its prompt, t, x_t and what eps_o is there
     delta           the prefix as embeddings (k, D), one row a token; p: the prefix as k distributions over the vocabulary
     eta             how far ESD pushes away from the concept
     gamma           the weight of the retain loss
@@ -52,7 +53,7 @@ def setting(default, help, choices=None, low=-math.inf, high=math.inf):
 
 
 class Attack(NamedTuple):
-    """An attack's kind (embedding, fast or token), steps, learning rate, prefix length, and radius or None."""
+    """An attack's kind (embedding, fast, token or inversion), steps, learning rate, prefix length, and radius or None."""
 
     kind: str
     steps: int
@@ -89,7 +90,8 @@ class Config:
     overwrite: bool = setting(False, "start anew where the folder holds a run")
     save_every: int = setting(100, "iterations between checkpoints", low=1)
     debug: bool = setting(False, "show where an error arose")
-    save_pipeline: bool = setting(False, "write the whole erased pipeline too, to OUT/pipeline")
+    save_pipeline: bool = setting(False, "write the whole erased pipeline too, to OUT/pipeline, untrained parts as --precision "
+                                         "rounds them")
 
     train: str = setting("text_encoder", "what to train: the text encoder, which the paper finds better, the UNet, or its "
                                          "cross-attention alone", ("text_encoder", "unet", "cross_attention"))
@@ -111,7 +113,7 @@ class Config:
                                        "step) or none", ("embedding", "token", "fast", "none"))
     attack_steps: int = setting(30, "steps of the attack in training", low=1)
     attack_lr: float = setting(1e-3, "Adam's learning rate for the prefix; attack_steps * attack_lr is its reach, to be "
-                                     "judged beside the spread of token embeddings", low=1e-10)
+                                     "judged beside the spread of token embeddings", low=1e-10, high=10)
     attack_radius: float | None = setting(None, "keep the prefix within this distance of its start, in each coordinate",
                                            low=1e-10)
     prefix: int = setting(1, "k, tokens of the prefix in training", low=1)
@@ -128,15 +130,16 @@ class Config:
     eval_attacks: tuple[str, ...] = setting(("token", "embedding"), "attacks in evaluation",
                                               ("token", "embedding", "inversion"))
     eval_set: str | None = setting(None, "CSV of the prompts to attack (default: prompts/CONCEPT.csv, or from templates)")
-    eval_prompts: int = setting(50, "prompts of the concept to attack; and at most as many paraphrases and neighbours", low=1)
+    eval_prompts: int = setting(50, "prompts of the concept to attack; at most as many of paraphrases, neighbours and styles", low=1)
     eval_utility: int = setting(60, "held-out prompts without the concept, for utility", low=2)
     eval_steps: int = setting(50, "DDIM steps of the pictures that are judged", low=1, high=500)
     eval_prefix: int = setting(3, "k, tokens of the prefix in evaluation", low=1)
     eval_attack_steps: int = setting(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = setting(3, "pictures drawn per attacked prompt, evenly over these steps; the first that shows the "
                                  "concept ends the attack on its prompt", low=1)
-    token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack, of evaluation and of training", low=1e-10)
-    eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10)
+    token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack, of evaluation and of training", low=1e-10,
+                              high=10)
+    eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10, high=10)
     eval_batch: int = setting(5, "prompts attacked, and pictures drawn, at a time; 5 takes no more memory than training", low=1)
     save_images: str | None = setting(None, "folder for every evaluation picture, prompt and seed in its name")
 
@@ -227,7 +230,7 @@ def check_value(flag, value, allowed, refuse):
             refuse(f"{flag} {value[:40]!r}: holds control characters")
         if len(value) > 1000:
             refuse(f"{flag} {value[:40]!r}...: {len(value):,} characters, more than any prompt's or path's 1,000")
-    elif not isinstance(value, bool) and not allowed["low"] <= value <= allowed["high"]:
+    elif not isinstance(value, bool) and not (allowed["low"] <= value <= allowed["high"] and math.isfinite(value)):
         refuse(f"{flag} {value}: must be between {allowed['low']} and {allowed['high']}" if allowed["high"] < math.inf
                else f"{flag} {value}: must be a number, at least {allowed['low']}")
 
@@ -391,7 +394,7 @@ def embedding_attack(table, start, loss_of, attack):
                 adam.step()
             if attack.radius is not None:
                 delta.copy_(delta_0 + (delta - delta_0).clamp(-attack.radius, attack.radius))
-        yield delta.detach(), losses.detach()
+        yield delta.detach().clone(), losses.detach()
 
 
 def project_simplex(v):
@@ -462,7 +465,7 @@ def retain_loss(sd, x_t, t, context, eps_r):
 
 
 def one_of(words):
-    """A pattern that finds any of the words, in capitals or the plural too, but not within another word."""
+    """A pattern that finds any of the words, in capitals or with the plural's s or es too, but not within another word."""
     return re.compile(rf"\b({'|'.join(map(re.escape, words))})(s|es)?\b", re.IGNORECASE)
 
 
@@ -522,7 +525,8 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
 
     With `attack` none and gamma 0 this is ESD; with gamma 0 alone it is plain adversarial training. The banks' seed is
     1,000,000 * (seed + 1); one generator, of seed `seed`, draws all else, in this order: after warm-up and with an attack,
-    whether the iteration is a plain one; the erase latents; the prefix; the retain latents.
+    whether the iteration is a plain one; the erase latents; the prefix; the retain latents. (With gamma 0 too, where the
+    retain loss is for the plot alone.) In the end theta is frozen again.
     """
     generator = torch.Generator().manual_seed(config.seed)
     source = (partial(fresh_trajectories, config=config) if config.fresh_trajectories
@@ -546,7 +550,7 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
             target = esd_target(z.eps_c, z.eps_empty, config.eta)
             l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
             r = draw_retain(config.retain_batch, generator).take(ranks.TURN)  # all of them; under torchrun this process's share
-            losses = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c)
+            losses = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c)  # whose c is r
             l_retain = ranks.mean(losses, config.retain_batch)
 
             optimizer.zero_grad()
@@ -665,6 +669,7 @@ class Lab(NamedTuple):
     original: dict  # what the original model draws, from `draw_exam`
     counted: list[int]  # UNet evaluations so far
     started: float
+    scored: object = None  # the model that --task evaluate scores
 
 
 def set_exam(sd_o, concepts, config):
@@ -677,7 +682,8 @@ def set_exam(sd_o, concepts, config):
         rows = [row for c in concepts for row in c.rows(config)]
     paraphrases, neighbours = ([row for c in concepts for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
                                for role in ("paraphrase", "neighbour"))
-    neighbours, styles, utility = ([row for row in part if row.label not in names] for part in (
+    named = one_of([word for c in concepts for word in c.words])
+    neighbours, styles, utility = ([row for row in part if row.label not in names and not named.search(row.prompt)] for part in (
         neighbours, read_rows(suite, role="style"), read_rows(suite, role="utility")))
     sets = rows, paraphrases, neighbours, styles[: config.eval_prompts], utility[: config.eval_utility]
     judge, called = judges.load_judge(spec, names, {row.label for part in sets for row in part} - {*names}, config.device)
@@ -700,6 +706,8 @@ def draw_rows(sd, rows, config, context=None):
         c = sd.encode_prompt([r.prompt for r in batch]) if context is None else context[i : i + config.eval_batch]
         pictures.append(sd.sample(context=c, seed=[r.seed for r in batch], steps=config.eval_steps,
                                   guidance=[r.guidance for r in batch]))
+        if not pictures[-1].isfinite().all():  # which a judge would take for something
+            raise ArithmeticError("a picture drawn is not finite: an attack's learning rate, or --precision, is beyond this model")
     return torch.cat(pictures)
 
 
@@ -860,8 +868,8 @@ def settings(given):
     why = "as asked" if given.get("model") else f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
     device = given.get("device") or ("cuda" if cuda else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device) or (device != "cpu" and not cuda):
-        raise ValueError(f"--device {device}: " + ("choose from cpu, cuda, cuda:N" if device[:4] != "cuda" else
-                                                   "there is no CUDA device; --device cpu works anywhere"))
+        raise ValueError(f"--device {device}: " + ("there is no CUDA device; --device cpu works anywhere"
+                                                   if device[:4] == "cuda" and not cuda else "choose from cpu, cuda, cuda:N"))
     if device[5:]:
         if ranks.COUNT > 1 or int(device[5:]) >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: " + ("with torchrun each process takes its own; --device cuda" if ranks.COUNT > 1
@@ -876,15 +884,18 @@ def settings(given):
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
     given |= {"model": model, "device": device, "precision": precision}
     config = Config(**{**(TOY if model in sd_mini.weights.TOY_UNETS else {}), **given})
-    for flag, value, other, limit in (("--warmup", config.warmup, "--steps", config.steps - 1),
-                                      ("--eval-looks", config.eval_looks, "--eval-attack-steps", config.eval_attack_steps)):
-        if value > limit:
-            raise ValueError(f"{flag} {value}: must be {'below' if flag == '--warmup' else 'at most'} {other}")
     for wrong, message in (
+            (config.steps <= config.warmup and config.attack != "none",
+             f"--steps {config.steps}: must be more than --warmup, {config.warmup}"),
+            (config.eval_looks > config.eval_attack_steps,
+             f"--eval-looks {config.eval_looks}: must be at most --eval-attack-steps, {config.eval_attack_steps}"),
             (config.resume and config.overwrite, "--resume --overwrite: the one goes on with a run, the other starts anew"),
             (config.task == "evaluate" and not config.text_encoder, "--task evaluate: give --text-encoder"),
             (config.task in ("train", "compare") and config.text_encoder, "--text-encoder: is for --task evaluate and sample"),
-            (config.task in ("compare", "sample") and config.save_images, "--save-images: is for --task train and evaluate"),
+            (config.task in ("compare", "sample") and (config.save_images or config.save_pipeline),
+             "--save-images, --save-pipeline: are for --task train and evaluate"),
+            (config.prompts and config.task != "sample", "--prompts: is for --task sample"),
+            (config.methods and config.task != "compare", "--methods: is for --task compare"),
             (config.task == "compare" and {"attack", "train", "retain_unfiltered", "eval_attacks"} & given.keys(),
              "--task compare: sets --attack, --train, --retain-unfiltered and --eval-attacks itself, row by row"),
             (config.attack == "token" and {"attack_lr", "attack_radius"} & given.keys(),
@@ -937,9 +948,8 @@ def training_prompts(concepts, config):
     retain, dropped = [r["prompt"] for r in read_csv(path if path.is_file() else Path(config.retain_set))], []
     if not config.retain_unfiltered:
         retain, dropped = without_concept(retain, [word for c in concepts for word in c.words])
-    if config.retain_batch > len(retain):
-        raise ValueError(f"--retain-batch {config.retain_batch}: --retain-set {config.retain_set} has {len(retain)} prompts"
-                         f"{'' if config.retain_unfiltered else ' that do not name the concept'}")
+    if not retain:
+        raise ValueError(f"--retain-set {config.retain_set}: every prompt names the concept; --retain-unfiltered keeps them")
     return erase, retain, dropped
 
 
@@ -971,9 +981,10 @@ def open_lab(config):
     for prompts, k in ((erase, config.prefix), (retain, 0)):
         check_room(sd_o, prompts, k)
     parameters_to_train(sd_o, config)
+    scored = with_text_encoder(sd_o, config) if config.task == "evaluate" else None
     exam, counted = set_exam(sd_o, concepts, config), count_evaluations(sd_o)
     check_room(sd_o, [row.prompt for row in exam.rows], config.eval_prefix)
-    return Lab(concepts, sd_o, exam, draw_exam(sd_o, exam, config), counted, started)
+    return Lab(concepts, sd_o, exam, draw_exam(sd_o, exam, config), counted, started, scored)
 
 
 def attempt(lab, config, out, name, sd=None):
@@ -1004,8 +1015,8 @@ def write_results(out, lab, config, results):
 
 def erase_or_score(config):
     """--task train and --task evaluate: one model, before and after."""
-    name = report.slug(config.concept) + ("-evaluate" if config.task == "evaluate" else "")
-    config, out = with_concept_settings(config), Path(config.out or Path("runs") / name)
+    folder = report.slug(config.concept) + ("-evaluate" if config.task == "evaluate" else "")
+    config, out = with_concept_settings(config), Path(config.out or Path("runs") / folder)
     for source in (config.text_encoder, config.model):
         if config.overwrite and source and out.resolve() in (Path(source).resolve(), *Path(source).resolve().parents):
             raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
@@ -1013,11 +1024,10 @@ def erase_or_score(config):
         print(f"{out}: is finished; --overwrite starts anew")
         return
     lab = open_lab(config)
-    erased = with_text_encoder(lab.sd_o, config) if config.task == "evaluate" else None
     ranks.first(checkpoint.open_folder, out, asdict(config))
     print(f"{len(lab.exam.rows)} prompts, attacked in {config.eval_attack_steps} steps, in the original and the erased model")
     results, pictures = {}, {}
-    for name, model in (("original", lab.sd_o), ("erased", erased)):
+    for name, model in (("original", lab.sd_o), ("erased", lab.scored)):
         sd, results[name], pictures[name] = attempt(lab, config, out, name, model)
     print(report.table(results))
     ranks.first(write_outputs, out, lab, config, sd, results, pictures)
@@ -1110,7 +1120,9 @@ def main(given):
         tasks[config.task](config)
         return 0
     except KeyboardInterrupt:
-        status, message = 130, "stopped; the same command with --resume goes on"
+        instead = " instead of --overwrite" if given.get("overwrite") else ""
+        again = "" if given.get("task") == "sample" else f"; the same command with --resume{instead} goes on"
+        status, message = 130, f"stopped{again}"
     except ValueError as error:
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:

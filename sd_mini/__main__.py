@@ -6,7 +6,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m sd_mini", description=__doc__.split(":")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompt")
-    parser.add_argument("--model", default="toy", help="toy, toy-dusk, or a folder in the diffusers layout")
+    parser.add_argument("--model", default="toy", help="toy, toy-dusk, a diffusers folder, a single .safetensors file or a hub id")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=7.5)
@@ -18,8 +18,11 @@ def main():
 
     from . import load
 
-    picture = load(args.model, args.device).sample([args.prompt], args.seed, args.steps, args.guidance)[0]
-    matplotlib.image.imsave(args.out, picture.permute(1, 2, 0).cpu().numpy())
+    try:
+        picture = load(args.model, args.device).sample([args.prompt], args.seed, args.steps, args.guidance)[0]
+        matplotlib.image.imsave(args.out, picture.permute(1, 2, 0).cpu().numpy())
+    except (ValueError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     print(args.out)
 
 

@@ -153,15 +153,19 @@ def found(out):
 
 
 def is_finished(out, config):
-    """Look at the folder of a run: refuse to overwrite one, or to go on with one of other settings -> True where there is
-    nothing left to do."""
+    """Look at the folder of a run: refuse to overwrite one or what is not one, or to go on with one of other settings ->
+    True where there is nothing left to do."""
     path = found(out)
+    if path is None and out.is_dir() and {entry.name for entry in out.iterdir()} - {"partial"}:
+        raise ValueError(f"{out}: holds files and no run; --out takes another folder")
     finished = path is not None and path.name == "results.json"
     if path and not config["overwrite"]:
         if not config["resume"]:
             raise ValueError(f"{out}: holds a {'finished run:' if finished else 'begun run: --resume goes on with it,'} "
                              "--overwrite starts anew, --out takes another folder")
-        if changes := differences(read_json(path)["config"], config):
+        if "config" not in (old := read_json(path)):
+            raise ValueError(f"{out}: holds a comparison; --out takes another folder")
+        if changes := differences(old["config"], config):
             raise ValueError(f"{out}: was run with other settings, so --resume cannot go on: {'; '.join(changes)}")
     check_writable(out)
     return finished and not config["overwrite"]
@@ -175,12 +179,13 @@ def check_writable(out):
 
 def open_folder(out, config):
     """Begin a run there, or go on with one."""
-    if config["overwrite"] and found(out):  # else these names may be anyone's
-        for name in ("partial", "text_encoder", "unet", "pipeline"):
+    if found(out):  # else these names may be anyone's
+        for name in ("partial", "text_encoder", "unet", "pipeline") if config["overwrite"] else ():
             shutil.rmtree(out / name, ignore_errors=True)
-        (out / "results.json").unlink(missing_ok=True)
-    for leftover in out.rglob("*.part"):
-        leftover.unlink()
+        if config["overwrite"]:
+            (out / "results.json").unlink(missing_ok=True)
+        for leftover in out.rglob("*.part"):
+            leftover.unlink()
     (out / "partial").mkdir(parents=True, exist_ok=True)
     write_json(out / "partial/config.json", {"config": config})
 

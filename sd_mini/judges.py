@@ -1,16 +1,15 @@
 """Judges: what a picture shows, how well it fits its prompt, how far two sets of pictures are apart. They score results;
-no attack ever sees them."""
+no attack has their gradients."""
 from __future__ import annotations
 
 import difflib
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 
 from .checkpoint import read_json
 from .toy import judge as toy
-from .weights import TOY
+from .weights import TOY, fill, read_tensors
 
 CLIP = "openai/clip-vit-base-patch16"  # whose cosines the literature reports as "CLIP score"
 
@@ -111,13 +110,14 @@ class ToyCLIPScore:
     name = "toy"
 
     def __init__(self, sd_o):
+        if (width := sd_o.text_encoder.config["hidden_size"]) != 64:
+            raise ValueError(f"--suite toy: is for the toy, whose CLIP score reads contexts of width 64; this model's have {width}")
         self.sd = sd_o
         with torch.device("meta"):
             self.network = torch.nn.ModuleDict({
                 "picture": toy.PictureNet(64), "projection": torch.nn.Linear(64, 64, bias=False)})
-        with safe_open(TOY / "clip/model.safetensors", "pt") as file:
-            self.network.load_state_dict({name: file.get_tensor(name).float() for name in file.keys()}, assign=True)
-        self.network.to(sd_o.device).requires_grad_(False)
+        path = TOY / "clip/model.safetensors"
+        fill(self.network, read_tensors([path], sd_o.device, torch.float32), path)
 
     @torch.no_grad()
     def __call__(self, prompts, pictures):
@@ -135,15 +135,15 @@ def load_frozen(cls, source, device, revision):
 
 
 def preparation(source, revision):
-    """What the model's preprocessor_config.json asks for, as a function of pictures (N, 3, H, W) in [0, 1]: resize,
-    crop the middle, normalise."""
+    """Pictures (N, 3, H, W) in [0, 1] to what the model takes: resized (bicubic, whatever it asks for), the middle
+    cropped, normalised, with the sizes, mean and deviation of its preprocessor_config.json."""
     from transformers.utils import cached_file
 
     config = read_json(cached_file(source, "preprocessor_config.json", revision=revision))
     edge = lambda size: size if isinstance(size, int) else size.get("shortest_edge") or size["height"]
     size = edge(config["size"])
-    crop = edge(config.get("crop_size", size))
-    if "crop_pct" in config:  # ConvNeXt and ResNet: `size` is what remains of the picture after cropping
+    crop = edge(config.get("crop_size") or size)
+    if config.get("crop_pct"):  # ConvNeXt and ResNet: `size` is what remains of the picture after cropping
         size, crop = round(size / config["crop_pct"]), size
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
 

@@ -65,9 +65,10 @@ class StableDiffusion:
         """Guided DDIM from x_T, one step at a time; yields (t, x_t, eps_c, eps_empty) before each step, then
         (0, x_0, None, None)."""
         guidance = torch.as_tensor(guidance, device=x_t.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
+        timesteps = self.schedule.timesteps(steps)
         stride = self.schedule.config["num_train_timesteps"] // steps
         both = torch.cat([context, self.encode_prompt([""]).expand_as(context)])
-        for t in self.schedule.timesteps(steps):
+        for t in timesteps:
             eps_c, eps_empty = self.predict_noise(torch.cat([x_t, x_t]), t, both).chunk(2)
             yield t, x_t, eps_c, eps_empty
             x_t = self.schedule.ddim_step(x_t, self.schedule.guide(eps_c, eps_empty, guidance), t, t - stride)

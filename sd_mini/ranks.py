@@ -24,6 +24,8 @@ def join(device):
     if COUNT == 1 or dist.is_initialized():
         return
     if device != "cpu":
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            raise ValueError(f"torchrun: more processes on this machine than GPUs, {torch.cuda.device_count()}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=timedelta(days=7))
     if RANK:

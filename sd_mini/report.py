@@ -182,11 +182,19 @@ def markdown(figures, title):
         lines.append(f"| {name} | " + " | ".join(texts) + " |")
     meanings = "; ".join(f"{name}: {what}" for name, _, what in COLUMNS.values())
     lines += ["", f"Rates in % with their 95 % Wilson interval. {meanings}."]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     minutes = sum(figure.get("minutes", 0) for figure in figures.values())
-    lines += ["", f"{time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip() or 'unknown'}, {minutes:.0f} minutes of training a "
+    lines += ["", f"{time.strftime('%Y-%m-%d')}, commit {commit()}, {minutes:.0f} minutes of training a "
                   "seed."]
     return "\n".join(lines) + "\n"
+
+
+def commit():
+    """Of this code, where git knows it."""
+    try:
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip() or "unknown"
+    except OSError:  # no git
+        return "unknown"
 
 
 def plot_comparison(out, seeds, exam):

@@ -37,10 +37,10 @@ class Schedule:
 
     def timesteps(self, steps):
         """The `steps` time steps of a sampling run, from noisy to clean, evenly spaced from `steps_offset` on."""
-        total = self.config["num_train_timesteps"]
-        if not 1 <= steps <= total:
-            raise ValueError(f"steps must be from 1 to {total}, not {steps}")
-        return [i * (total // steps) + self.config.get("steps_offset", 0) for i in reversed(range(steps))]
+        total, offset = self.config["num_train_timesteps"], self.config.get("steps_offset", 0)
+        if not 1 <= steps <= total - offset:
+            raise ValueError(f"steps must be from 1 to {total - offset}, not {steps}")
+        return [i * (total // steps) + offset for i in reversed(range(steps))]
 
     def guide(self, eps_c, eps_empty, guidance):
         """Classifier-free guidance: eps_empty + guidance * (eps_c - eps_empty). (Ho & Salimans 2022, equation 6, with

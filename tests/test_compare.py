@@ -55,12 +55,14 @@ def test_prompts_from_templates_are_not_those_of_training(phrasings):
     assert len(erased) == phrasings and not {*erased} & {row.prompt for row in concepts[0].rows(config)}
 
 
-def test_exam_leaves_the_concept_out_of_utility(sd):
+def test_exam_leaves_out_what_names_the_concept(sd):
     exam = au.set_exam(sd, au.read_concepts("church,tench"), replace(SMALL, eval_prompts=3))
     assert {row.label for row in exam.rows} == {"church", "tench"} and len(exam.rows) == 6
     assert not {"church", "tench"} & {row.label for row in exam.utility}
     assert {row.label for row in au.set_exam(sd, au.read_concepts("van gogh"), SMALL).styles} == {"sketch"}
     assert {row.label for row in exam.neighbours} == {"house", "boat"} and len(exam.paraphrases) == 6
+    boat = au.set_exam(sd, au.read_concepts("boat"), SMALL)
+    assert not any("boat" in row.prompt for row in boat.styles + boat.utility + boat.neighbours)
     assert {row.label for row in au.set_exam(sd, au.read_concepts("church,tench,house"), SMALL).neighbours} == {"boat"}
 
 

@@ -1,6 +1,7 @@
 """The outer loop and the command line, end to end on a small budget."""
 import copy
 import json
+import math
 import re
 import subprocess
 import sys
@@ -218,6 +219,14 @@ def test_low_memory_gives_the_same_losses_and_weights(sd):
     au.sd_mini.recompute_activations(frugal.unet)
     (a, losses_a), (b, losses_b) = erase(sd, steps=3), erase(frugal, steps=3)
     assert losses_a == losses_b and not changed(a.text_encoder, b.text_encoder)
+
+
+def test_a_picture_that_is_not_finite_ends_the_run(sd):
+    """A judge would take it for something."""
+    broken = replace(sd, vae=copy.deepcopy(sd.vae))
+    broken.vae.decoder.conv_out.bias.fill_(math.nan)
+    with pytest.raises(ArithmeticError, match="a picture drawn is not finite"):
+        au.draw_rows(broken, [au.Row("a church", 0, 7.5, "church")], replace(SMALL, eval_steps=1))
 
 
 def test_half_precision_is_for_what_is_not_trained(sd):

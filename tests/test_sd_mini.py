@@ -50,8 +50,10 @@ def test_the_last_step_ends_at_alpha_bar_0(schedule, generator):
 def test_timesteps_are_those_of_stable_diffusion(schedule):
     steps = schedule.timesteps(50)
     assert steps[0] == 981 and steps[-1] == 1 and len(steps) == 50 and set(a - b for a, b in zip(steps, steps[1:])) == {20}
-    with pytest.raises(ValueError, match="steps must be from 1 to 1000"):
-        schedule.timesteps(0)
+    assert schedule.timesteps(999)[0] == 999
+    for steps in (0, 1000):  # the first of 1000 would be time step 1000
+        with pytest.raises(ValueError, match="steps must be from 1 to 999"):
+            schedule.timesteps(steps)
 
 
 def test_v_to_eps_inverts_the_definition_of_v(schedule, generator):

@@ -11,7 +11,7 @@ LABELS = {"object": [*OBJECTS, "nothing"], "style": [*STYLES], "color": [*COLORS
 
 
 class PictureNet(nn.Module):
-    """(B, 3, 64, 64) in [0, 1] -> (B, outputs): five convolutions, each behind a norm, and an average."""
+    """(B, 3, 64, 64) in [0, 1] -> (B, outputs): five convolutions, a norm behind each, and an average."""
 
     def __init__(self, outputs):
         super().__init__()
@@ -32,7 +32,7 @@ class PictureNet(nn.Module):
 
 
 class Judge(PictureNet):
-    """Says which object, style and colour a picture shows. Scores results only; no attack ever sees it."""
+    """Says which object, style and colour a picture shows. Scores results only; no attack has its gradients."""
 
     def __init__(self):
         super().__init__(sum(map(len, LABELS.values())))

@@ -153,7 +153,7 @@ def toy_tokenizer(out):
 
 
 def train_vae(out, work, device):
-    """|x - x'| + 2 (x - x')^2 + the same for neighbour differences (edges), and a little KL to N(0, 1)."""
+    """|x - x'| + 2 (x - x')^2 + half as much |.| of neighbour differences (edges), and a little KL to N(0, 1)."""
     images = torch.cat([dataset(work, "day", PICTURES, seed=0)[0],
                         dataset(work, "dusk", DUSK_PICTURES, seed=1, look="dusk")[0]])
     torch.manual_seed(0)
