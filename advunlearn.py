@@ -209,8 +209,9 @@ def parse(argv=None):
     for word in unknown:
         near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5)
         parser.error(f"unknown flag {word!r}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
-    for name, value in vars(given).items():
-        check_value("--" + name.replace("_", "-"), value, flags["--" + name.replace("_", "-")].metadata, parser.error)
+    for flag, f in flags.items():
+        if hasattr(given, f.name):
+            check_value(flag, getattr(given, f.name), f.metadata, parser.error)
     return vars(given)
 
 
@@ -308,7 +309,7 @@ def sample_latents(sd_o, prompts, seeds, config, stop=None):
     return Latents(*map(torch.cat, zip(*(kept if stop is None else kept[-1:]))))
 
 
-def trajectory_bank(sd_o, prompts, config, seed):
+def trajectory_bank(sd_o, prompts, config):
     """All latents of `config.trajectories` sampling runs, the prompts taking turns, each at least once -> draw(n,
     generator) -> Latents.
 
@@ -320,6 +321,7 @@ def trajectory_bank(sd_o, prompts, config, seed):
     """
     runs = torch.arange(max(config.trajectories, len(prompts)))
     sampled, which, batches = [], runs % len(prompts), runs.split(config.eval_batch)
+    seed = 1_000_000 * (config.seed + 1)  # of the first run
     for rows in tqdm(batches[ranks.TURN], "sampling the bank", leave=False):
         latents = sample_latents(sd_o, [prompts[i] for i in which[rows]], [seed + int(row) for row in rows], config)
         sampled.append(latents._replace(prompt=which[rows][latents.prompt]))
@@ -529,10 +531,9 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
     retain loss is for the plot alone.) In the end theta is frozen again.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    source = (partial(fresh_trajectories, config=config) if config.fresh_trajectories
-              else partial(trajectory_bank, config=config, seed=1_000_000 * (config.seed + 1)))
+    source = fresh_trajectories if config.fresh_trajectories else trajectory_bank
     ids, retain_ids = check_room(sd, erase_prompts, config.prefix), check_room(sd, retain_prompts, 0)
-    draw, draw_retain = source(sd_o, erase_prompts), source(sd_o, retain_prompts)
+    draw, draw_retain = source(sd_o, erase_prompts, config), source(sd_o, retain_prompts, config)
     theta = [p.requires_grad_(True) for p in parameters_to_train(sd, config)]
     optimizer = torch.optim.Adam(theta, lr=config.lr)
 
@@ -673,29 +674,36 @@ class Lab(NamedTuple):
 
 
 def set_exam(sd_o, concepts, config):
-    """The exam on these concepts. What the judge has no label for is left out, and said."""
+    """The exam on these concepts. What the judge has no label for is left out, and said; not from utility, whose pictures have
+    other figures too."""
     spec = config.judge or (None if config.suite == "toy" else concepts[0].judge)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{config.suite}.csv"
     if config.eval_set:
         rows = read_rows(Path(config.eval_set), names[0] if len(names) == 1 else None)[: config.eval_prompts]
     else:
         rows = [row for c in concepts for row in c.rows(config)]
-    paraphrases, neighbours = ([row for c in concepts for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
-                               for role in ("paraphrase", "neighbour"))
     named = one_of([word for c in concepts for word in c.words])
-    neighbours, styles, utility = ([row for row in part if row.label not in names and not named.search(row.prompt)] for part in (
-        neighbours, read_rows(suite, role="style"), read_rows(suite, role="utility")))
-    sets = rows, paraphrases, neighbours, styles[: config.eval_prompts], utility[: config.eval_utility]
-    judge, called = judges.load_judge(spec, names, {row.label for part in sets for row in part} - {*names}, config.device)
-    sets = [[row._replace(label=called.get(row.label, row.label)) for row in part] for part in sets]
-    unknown = sorted({row.label for part in sets for row in part if judge.known is not None and row.label not in judge.known})
+
+    def of_concepts(role):
+        return [row for c in concepts for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
+
+    def for_others(part):
+        return [row for row in part if row.label not in names and not named.search(row.prompt)]
+
+    parts = {"rows": rows, "paraphrases": of_concepts("paraphrase"), "neighbours": for_others(of_concepts("neighbour")),
+             "styles": for_others(read_rows(suite, role="style"))[: config.eval_prompts],
+             "utility": for_others(read_rows(suite, role="utility"))[: config.eval_utility]}
+    labels = {row.label for part in parts.values() for row in part}
+    judge, called = judges.load_judge(spec, names, labels - {*names}, config.device)
+    unknown = set() if judge.known is None else {called.get(label, label) for label in labels} - judge.known
     if unknown:
-        print(f"not judged, since the judge has no such label: {', '.join(unknown)}")
-    sets = [[row for row in part if row.label not in unknown] for part in sets[:-1]] + sets[-1:]  # utility has other figures too
-    if not sets[0]:
+        print(f"not judged, since the judge has no such label: {', '.join(sorted(unknown))}")
+    parts = {name: [row._replace(label=called.get(row.label, row.label)) for row in part] for name, part in parts.items()}
+    parts = {name: [row for row in part if name == "utility" or row.label not in unknown] for name, part in parts.items()}
+    if not parts["rows"]:
         raise ValueError(f"the judge {judge.name} has no label of the prompts to attack; --judge MODEL:LABEL chooses one")
     clip_score = judges.ToyCLIPScore(sd_o) if config.suite == "toy" else judges.CLIPScore(device=config.device)
-    return Exam(*sets, judge, clip_score)
+    return Exam(**parts, judge=judge, clip_score=clip_score)
 
 
 def draw_rows(sd, rows, config, context=None):
@@ -809,14 +817,13 @@ def draw_exam(sd, exam, config):
 
 def mark(lab, drawn):
     """What the judge sees in a model's pictures -> (figures, details of each prompt)."""
-    exam = lab.exam
-    details = {part: [{"prompt": r.prompt, "seed": r.seed, "label": r.label, "shown": flag}
-                      for r, flag in zip(getattr(exam, part), shown(exam.judge, pictures, getattr(exam, part)))]
-               for part, pictures in drawn.items()}
-    known = exam.judge.known
-    figures = {figure: report.rate([d["shown"] for d in details[part] if known is None or d["label"] in known]) for figure, part in (
-        ("pre_attack_asr", "rows"), ("paraphrase_asr", "paraphrases"), ("utility", "utility"), ("neighbours", "neighbours"),
-        ("styles", "styles"))}
+    exam, figures, details = lab.exam, {}, {}
+    for part, pictures in drawn.items():
+        rows = getattr(exam, part)
+        details[part] = [{"prompt": r.prompt, "seed": r.seed, "label": r.label, "shown": flag}
+                         for r, flag in zip(rows, shown(exam.judge, pictures, rows))]
+        name = {"rows": "pre_attack_asr", "paraphrases": "paraphrase_asr"}.get(part, part)
+        figures[name] = report.rate([d["shown"] for d in details[part] if exam.judge.known is None or d["label"] in exam.judge.known])
     if exam.utility:
         scores = exam.clip_score([r.prompt for r in exam.utility], drawn["utility"])
         figures["clip_score"] = sum(scores) / len(scores)
@@ -862,7 +869,7 @@ def evaluate(sd, lab, drawn, config, folder=None):
 
 
 def settings(given):
-    """Flags -> a whole Config: what is given, over the toy's deviations, over the paper's values."""
+    """Flags -> a whole Config: what is given, over the toy's deviations, over the paper's values. Joins the other processes."""
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
     why = "as asked" if given.get("model") else f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"

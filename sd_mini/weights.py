@@ -264,9 +264,14 @@ def save_pipeline(sd, folder):
         save_part(getattr(sd, part), folder / part, part)
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(sd.folder / part, folder / part, dirs_exist_ok=True)
+    write_index(folder)
+
+
+def write_index(folder):
+    """model_index.json of a folder that holds all parts."""
     write_json(folder / "model_index.json", {
         "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False, "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"], "safety_checker": [None, None], "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", read_json(sd.folder / "scheduler/scheduler_config.json").get("_class_name", "DDIMScheduler")]})
+        "scheduler": ["diffusers", read_json(folder / "scheduler/scheduler_config.json").get("_class_name", "DDIMScheduler")]})

@@ -84,7 +84,7 @@ def test_first_step_loss_is_the_closed_form(sd):
     """At theta = theta_o without attack: ||eps_c - (eps_e - eta (eps_c - eps_e))||^2 = (1 + eta)^2 ||eps_c - eps_e||^2,
     and the retain loss is 0."""
     config = replace(SMALL, steps=1, attack="none", eta=2.0)
-    draw = au.trajectory_bank(sd, ["church", "a photo of a church"], config, 1_000_000)
+    draw = au.trajectory_bank(sd, ["church", "a photo of a church"], config)
     z = draw(config.erase_batch, torch.Generator().manual_seed(0))
     expected = 9 * au.squared_error(z.eps_c, z.eps_empty).mean()
     _, [(l_erase, _, l_retain)] = erase(sd, steps=1, attack="none", eta=2.0)
@@ -93,7 +93,7 @@ def test_first_step_loss_is_the_closed_form(sd):
 
 def test_bank_holds_what_the_frozen_model_predicts(sd):
     prompts = ["a church", "a photo of a church"]
-    draw = au.trajectory_bank(sd, prompts, SMALL, 0)
+    draw = au.trajectory_bank(sd, prompts, SMALL)
     z = draw(8, torch.Generator().manual_seed(0))
     context = sd.encode_prompt([prompts[i] for i in z.prompt])
     torch.testing.assert_close(sd.predict_noise(z.x_t, z.t, context), z.eps_c, rtol=1e-3, atol=1e-4)
@@ -101,7 +101,7 @@ def test_bank_holds_what_the_frozen_model_predicts(sd):
 
 
 def test_bank_holds_every_prompt(sd):
-    draw = au.trajectory_bank(sd, ["a church", "a boat", "a house"], replace(SMALL, trajectories=1, trajectory_steps=2), 0)
+    draw = au.trajectory_bank(sd, ["a church", "a boat", "a house"], replace(SMALL, trajectories=1, trajectory_steps=2))
     assert set(draw(60, torch.Generator().manual_seed(0)).prompt.tolist()) == {0, 1, 2}
 
 

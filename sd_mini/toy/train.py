@@ -24,7 +24,7 @@ from ..schedule import Schedule
 from ..text_encoder import TextEncoder
 from ..unet import UNet
 from ..vae import VAE
-from ..weights import TOY, load, load_part, save_part
+from ..weights import TOY, load, load_part, save_part, write_index
 from . import world
 from .judge import LABELS, Judge, PictureNet, load_judge
 
@@ -293,12 +293,7 @@ def write_layout(out):
     """What makes `out` a pipeline in the diffusers folder layout."""
     (out / "scheduler").mkdir(parents=True, exist_ok=True)
     write_json(out / "scheduler/scheduler_config.json", SCHEDULER_CONFIG)
-    write_json(out / "model_index.json", {
-        "_class_name": "StableDiffusionPipeline", "requires_safety_checker": False,
-        "feature_extractor": [None, None], "safety_checker": [None, None], "image_encoder": [None, None],
-        "scheduler": ["diffusers", "DDIMScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"]})
+    write_index(out)
 
 
 # --- the quality table
