@@ -527,8 +527,7 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
 
     With `attack` none and gamma 0 this is ESD; with gamma 0 alone it is plain adversarial training. The banks' seed is
     1,000,000 * (seed + 1); one generator, of seed `seed`, draws all else, in this order: after warm-up and with an attack,
-    whether the iteration is a plain one; the erase latents; the prefix; the retain latents. (With gamma 0 too, where the
-    retain loss is for the plot alone.) In the end theta is frozen again.
+    whether the iteration is a plain one; the erase latents; the prefix; the retain latents. In the end theta is frozen again.
     """
     generator = torch.Generator().manual_seed(config.seed)
     source = fresh_trajectories if config.fresh_trajectories else trajectory_bank
@@ -551,7 +550,8 @@ def advunlearn(sd, sd_o, erase_prompts, retain_prompts, config, folder=None):
             target = esd_target(z.eps_c, z.eps_empty, config.eta)
             l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
             r = draw_retain(config.retain_batch, generator).take(ranks.TURN)  # all of them; under torchrun this process's share
-            losses = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c)  # whose c is r
+            with torch.set_grad_enabled(config.retain_weight > 0):  # with gamma 0 for the plot alone
+                losses = retain_loss(sd, r.x_t, r.t, sd.text_encoder(retain_ids[r.prompt]), r.eps_c)  # whose c is r
             l_retain = ranks.mean(losses, config.retain_batch)
 
             optimizer.zero_grad()

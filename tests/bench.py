@@ -44,15 +44,16 @@ def schedule(config, prompts=(1, 80)):
     """UNet evaluations of training, in closed form, for so many prompts to erase and to retain. With the bank, trajectories
     for both are sampled once, at least one a prompt:
 
-        (trajectories + trajectories) * trajectory_steps * 2    +    each step, 3 a latent
+        (trajectories + trajectories) * trajectory_steps * 2    +    each step, 3 a latent (with gamma 0, 1 of the retain ones)
 
     Afresh, each latent drawn costs a guided run up to a step drawn evenly, 2 * (trajectory_steps + 1) / 2 on average.
     """
     attacks = 0 if config.attack == "none" else (config.steps - config.warmup) * config.attack_steps
-    drawn = (attacks + config.steps) * config.erase_batch + config.steps * config.retain_batch
+    erase, retain = (attacks + config.steps) * config.erase_batch, config.steps * config.retain_batch
+    trained = 3 * erase + (3 if config.retain_weight else 1) * retain
     if config.fresh_trajectories:
-        return drawn * (3 + config.trajectory_steps + 1)
-    return drawn * 3 + 2 * config.trajectory_steps * sum(max(config.trajectories, n) for n in prompts)
+        return trained + (erase + retain) * (config.trajectory_steps + 1)
+    return trained + 2 * config.trajectory_steps * sum(max(config.trajectories, n) for n in prompts)
 
 
 def examination(config, related=20):

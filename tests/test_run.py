@@ -170,7 +170,7 @@ def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(s
     assert "has fine-tuned its own text encoder" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("changes", [{}, {"attack": "none"}, {"erase_batch": 3, "retain_batch": 4}])
+@pytest.mark.parametrize("changes", [{}, {"attack": "none", "retain_weight": 0.0}, {"erase_batch": 3, "retain_batch": 4}])
 def test_unet_evaluations_are_those_of_the_formula(sd, changes):
     """The bench's closed form against the hook's count; afresh, where the runs' lengths are drawn, against their mean."""
     config = replace(SMALL, warmup=1, steps=3, plain_share=0.0, **changes)
