@@ -154,7 +154,7 @@ def write_comparison(out, methods, exam, config):
              f"attacks of {config.eval_attack_steps} steps")
     (out / "table.md").write_text(markdown(figures, title), encoding="utf-8")
     plot_comparison(out, {name: f"seed-{config.seed}" for name in found}, exam)
-    plot_tradeoff(out / "tradeoff.png", figures, config.concept)
+    plot_tradeoff(out / "tradeoff.png", figures, {name: i for i, name in enumerate(methods)}, config.concept)
     return text_table(figures, title)
 
 
@@ -210,18 +210,21 @@ def plot_comparison(out, seeds, exam):
         plot_grid(out / "compare.png", [*prompts, *(f"attacked: {p}" for p in prompts), *(r.prompt for r in exam.utility[:3])], lines)
 
 
-def plot_tradeoff(path, figures, concept):
-    """tradeoff.png: robustness against utility, a point per method; up and right is better."""
-    figure, axis = plt.subplots(figsize=(7, 5), layout="constrained")
-    figures = {name: f for name, f in figures.items() if "utility" in f}  # a judge may know the concept alone
-    for i, (name, f) in enumerate(figures.items()):
-        x, y = 100 * f["utility"]["rate"], 100 * (1 - f["token_asr"]["rate"])
-        axis.plot(x, y, "o", color=f"C{i % 10}")
-        left = x > 90  # where a name to the right would leave the plot
-        axis.annotate(name, (x, y), (-5 if left else 5, 4 if i % 2 else -9), textcoords="offset points", fontsize=7,
-                      color=f"C{i % 10}", ha="right" if left else "left")
+def plot_tradeoff(path, figures, numbers, concept):
+    """tradeoff.png: robustness against utility, a point per method, named by its number; up and right is better."""
+    points = {}  # those at the same place share one label
+    for name, f in figures.items():
+        if "utility" in f:  # a judge may know the concept alone
+            points.setdefault((100 * f["utility"]["rate"], 100 * (1 - f["token_asr"]["rate"])), []).append(name)
+    figure, (axis, key) = plt.subplots(1, 2, figsize=(9, 6), width_ratios=(3, 1), layout="constrained")
+    for (x, y), names in points.items():
+        axis.plot(x, y, "o", color="C0")
+        axis.annotate(", ".join(str(numbers[name]) for name in names), (x, y), (3, 3), textcoords="offset points", fontsize=8)
+    key.text(0, 1, "\n".join(f"{numbers[name]:>2} {name}" for name in sorted(sum(points.values(), []), key=numbers.get)), va="top", linespacing=1.5,
+             family="monospace", fontsize=8)
+    key.axis("off")
     axis.set(xlabel="utility, %", ylabel="robustness: 100 - ASR under the token attack, %", title=f"erasing {concept}",
-             xlim=(min([40, *(100 * f["utility"]["rate"] - 5 for f in figures.values())]), 102), ylim=(-6, 103))
+             xlim=(min([40, *(x - 5 for x, _ in points)]), 105), ylim=(-6, 103))
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)

@@ -115,7 +115,7 @@ def test_a_judge_that_knows_the_concept_alone_leaves_utility_open(sd, tmp_path):
              "utility": torch.rand(2, 3, 8, 8)}
     figures, _ = au.mark(au.Lab([], sd, exam, drawn, [0], 0.0), drawn)
     assert figures["utility"] is None and figures["clip_score"] == pytest.approx(0.3) and figures["pre_attack_asr"]["rate"] == 1
-    report.plot_tradeoff(tmp_path / "t.png", {"ESD": report.pooled([figures])}, "church")
+    report.plot_tradeoff(tmp_path / "t.png", {"ESD": report.pooled([figures])}, {"ESD": 2}, "church")
     assert "ESD" in report.text_table({"ESD": figures}, "x") and "utility" not in report.table({"original": figures})
 
 
