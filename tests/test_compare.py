@@ -188,7 +188,8 @@ def test_toy_clip_score_prefers_the_right_prompt(sd):
 
 def test_compare_from_the_command_line(tmp_path, capsys):
     """Three methods, twice: nothing is done again; a second seed, dealt out to two processes, joins the table."""
-    flags = ["--task", "compare", "--methods", "original", "2", "AdvUnlearn", *FLAGS, "--out", str(tmp_path)]
+    small = [*FLAGS, "--steps", "2", "--eval-steps", "2", "--eval-attack-steps", "2"]
+    flags = ["--task", "compare", "--methods", "original", "2", "AdvUnlearn", *small, "--out", str(tmp_path)]
     assert au.main(au.parse(flags)) == 0
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
     table = (tmp_path / "table.md").read_text()
