@@ -3,6 +3,7 @@ import argparse
 
 
 def main():
+    """The command line: a picture in a file, or exit status 2 and one line that says why not."""
     parser = argparse.ArgumentParser(prog="python -m sd_mini", description=__doc__.split(":")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("prompt")

@@ -220,8 +220,8 @@ def plot_tradeoff(path, figures, numbers, concept):
     for (x, y), names in points.items():
         axis.plot(x, y, "o", color="C0")
         axis.annotate(", ".join(str(numbers[name]) for name in names), (x, y), (3, 3), textcoords="offset points", fontsize=8)
-    key.text(0, 1, "\n".join(f"{numbers[name]:>2} {name}" for name in sorted(sum(points.values(), []), key=numbers.get)), va="top", linespacing=1.5,
-             family="monospace", fontsize=8)
+    listed = sorted(sum(points.values(), []), key=numbers.get)
+    key.text(0, 1, "\n".join(f"{numbers[name]:>2} {name}" for name in listed), va="top", linespacing=1.5, family="monospace", fontsize=8)
     key.axis("off")
     axis.set(xlabel="utility, %", ylabel="robustness: 100 - ASR under the token attack, %", title=f"erasing {concept}",
              xlim=(min([40, *(x - 5 for x, _ in points)]), 105), ylim=(-6, 103))
