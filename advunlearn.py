@@ -106,7 +106,7 @@ class Config:
     plain_share: float = setting(0.0, "share of iterations after warm-up that erase the prompt without attack", low=0, high=1)
     retain_weight: float | None = setting(None, "gamma (default: the concept's; 0.5 for objects and styles)", low=0)
     retain_batch: int = setting(5, "retain prompts of an iteration", low=1)
-    retain_set: str = setting("coco", "prompts/retain_NAME.csv (coco, imagenet; toy, scenes), or a CSV file of your own")
+    retain_set: str = setting("coco", "prompts/retain_NAME.csv (coco, imagenet; toy, photos), or a CSV file of your own")
     retain_unfiltered: bool = setting(False, "keep the retain prompts that name the concept, as the published lists do")
 
     attack: str = setting("embedding", "attack in training: embedding (continuous), token (discrete), fast (one sign "
@@ -162,19 +162,19 @@ class Config:
 
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
 # reach "a sketch of a church" by itself: hence all four layers (the token embeddings stay, as with the paper's single layer),
-# four phrasings, fewer and longer steps, an eta and gamma that pull harder both ways, and some plain steps, without which
-# the unattacked prompt stays under-trained. The attack's prefix is two tokens longer than the evaluation's; its few steps
+# several phrasings, fewer and longer steps, an eta and gamma that pull harder both ways, and some plain steps, without which
+# the unattacked prompt stays under-trained. The attack's prefix is two tokens longer than the evaluation's; its two steps
 # are as long together as the embeddings' spread three times over. Found on church (seeds 0, 1) and parachute (seed 0).
-TOY = dict(layers=4, steps=450, warmup=30, lr=2e-4, eta=2.0, erase_batch=8, phrasings=4, plain_share=0.1, retain_weight=2.5,
-           retain_batch=8, attack_steps=4, attack_lr=0.02, prefix=5, trajectories=48, trajectory_steps=25,
+TOY = dict(layers=4, steps=450, warmup=30, lr=2e-4, eta=2.0, erase_batch=8, phrasings=7, plain_share=0.1, retain_weight=2.5,
+           retain_batch=8, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48, trajectory_steps=25,
            retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4,
            eval_batch=25)
 
 PHRASINGS = {  # by kind of concept
     "object": ("{}", "a photo of a {}", "a sketch of a {}", "a painting of a {} by van gogh", "a red {} in the snow",
-               "a picture of a blue {} in the sky", "a green {} on the grass", "a photo of a gray {} in the desert",
-               "a sketch of a yellow {} at night", "a purple {} in the style of van gogh",
-               "a pencil drawing of a pink {} on the grass", "a painting of a {} at night by van gogh"),
+               "a picture of a green {} in the sky", "a painting of a {} at night by van gogh", "a sketch of a red {} at night",
+               "a yellow {} on the grass", "a photo of a blue {} in the desert", "a purple {} in the style of van gogh",
+               "a pencil drawing of a pink {} on the grass"),
     "style": ("{}", "a painting of a house by {}", "a red car in the style of {}", "a painting of a tree in the snow by {}",
               "a boat in the style of {}", "a painting of a blue golf ball by {}", "a balloon in the sky in the style of {}",
               "a painting of a yellow house at night by {}", "a green boat on the grass in the style of {}",
@@ -1075,7 +1075,7 @@ def comparison(lab, config):
         **{f"AdvUnlearn, {f'{n} layer' + 's' * (n > 1) if n else 'whole encoder'}": dict(layers=n)
            for n in range(layers + 1) if n != config.layers},
         "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
-        "AdvUnlearn, other retain set": dict(retain_set={"coco": "imagenet", "toy": "scenes"}.get(config.retain_set, "coco")),
+        "AdvUnlearn, other retain set": dict(retain_set={"coco": "imagenet", "toy": "photos"}.get(config.retain_set, "coco")),
     }
 
 

@@ -20,8 +20,8 @@ from . import bench
 
 ROOT = Path(au.__file__).parent
 SMALL = au.Config(**{**au.TOY, "steps": 6, "warmup": 2, "attack_steps": 2, "trajectories": 4, "trajectory_steps": 4,
-                     "erase_batch": 2, "retain_batch": 2, "device": "cpu", "model": "toy"})
-FLAGS = ["--steps", "4", "--warmup", "1", "--attack-steps", "2", "--trajectories", "4", "--trajectory-steps", "4",
+                     "erase_batch": 2, "retain_batch": 2, "retain_set": "photos", "device": "cpu", "model": "toy"})
+FLAGS = ["--steps", "4", "--warmup", "1", "--attack-steps", "2", "--trajectories", "4", "--trajectory-steps", "4", "--retain-set", "photos",
          "--eval-prompts", "3", "--eval-utility", "3", "--eval-steps", "4", "--eval-attack-steps", "4", "--eval-looks", "2"]
 
 
