@@ -47,12 +47,15 @@ def test_concepts_with_a_file_without_and_several():
     assert au.read_concepts("nudity")[0].layers == 0
 
 
-@pytest.mark.parametrize("phrasings", [1, 4])
-def test_prompts_from_templates_are_not_those_of_training(phrasings):
-    config = replace(SMALL, phrasings=phrasings, eval_prompts=30)
-    concepts = au.read_concepts("golden retriever")
+@pytest.mark.parametrize("phrasings", [1, 48])
+@pytest.mark.parametrize("concept", [*CONCEPTS, "golden retriever"])
+def test_prompts_of_evaluation_are_not_those_of_training(concept, phrasings):
+    """... whether they come from a file or from templates."""
+    config = replace(SMALL, phrasings=phrasings, eval_prompts=50)
+    concepts = au.read_concepts(concept)
     erased = au.training_prompts(concepts, config)[0]
-    assert len(erased) == phrasings and not {*erased} & {row.prompt for row in concepts[0].rows(config)}
+    rows = concepts[0].rows(config)
+    assert len({*erased}) == phrasings and len(rows) == 50 and not {*erased} & {row.prompt for row in rows}
 
 
 def test_exam_leaves_out_what_names_the_concept(sd):
@@ -186,10 +189,12 @@ def test_toy_clip_score_prefers_the_right_prompt(sd):
     assert min(right) > max(wrong)
 
 
+SMALLER = [*FLAGS, "--task", "compare", "--steps", "2", "--eval-steps", "2", "--eval-attack-steps", "2"]
+
+
 def test_compare_from_the_command_line(tmp_path, capsys):
-    """Three methods, twice: nothing is done again; a second seed, dealt out to two processes, joins the table."""
-    small = [*FLAGS, "--steps", "2", "--eval-steps", "2", "--eval-attack-steps", "2"]
-    flags = ["--task", "compare", "--methods", "original", "2", "AdvUnlearn", *small, "--out", str(tmp_path)]
+    """Three methods, twice: nothing is done again, and what was run with other settings is left out."""
+    flags = [*SMALLER, "--methods", "original", "2", "AdvUnlearn", "--out", str(tmp_path)]
     assert au.main(au.parse(flags)) == 0
     assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
     table = (tmp_path / "table.md").read_text()
@@ -198,18 +203,25 @@ def test_compare_from_the_command_line(tmp_path, capsys):
     written = weights.stat().st_mtime_ns
     assert au.main(au.parse(flags)) == 0
     assert weights.stat().st_mtime_ns == written
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "advunlearn.py"]
-    two = subprocess.run([*command, *flags, "--seed", "1", "--methods", "original", "ESD"], cwd=ROOT, check=True, capture_output=True, text=True)
-    assert two.stdout.count("\nESD ") == 1 and two.stdout.count("\noriginal ") == 1  # the table, once
-    results = json.loads((tmp_path / "results.json").read_text())
-    for method in ("original", "ESD"):
-        assert results["pooled"][method]["token_asr"]["n"] == 6 and set(results["seeds"][method]) == {"seed-0", "seed-1"}
-    assert results["seeds"]["ESD"]["seed-1"]["unet_evaluations"] == results["seeds"]["ESD"]["seed-0"]["unet_evaluations"]  # one process did it all
     capsys.readouterr()
     assert au.main(au.parse([*flags, "--seed", "2", "--methods", "original", "--eval-prompts", "2"])) == 0
     assert "esd/seed-0, run with other settings: eval_prompts 3 -> 2" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "results.json").read_text())["seeds"]) == {"original"}
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
+
+
+@pytest.mark.beside
+def test_a_second_seed_in_two_processes_joins_the_table(tmp_path):
+    """Each process does whole methods."""
+    flags = ["advunlearn.py", *SMALLER, "--methods", "original", "ESD", "--out", str(tmp_path)]
+    run = lambda *command: subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
+    run(*flags)
+    two = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *flags, "--seed", "1")
+    assert two.stdout.count("\nESD ") == 1 and two.stdout.count("\noriginal ") == 1  # the table, once
+    results = json.loads((tmp_path / "results.json").read_text())
+    for method in ("original", "ESD"):
+        assert results["pooled"][method]["token_asr"]["n"] == 6 and set(results["seeds"][method]) == {"seed-0", "seed-1"}
+    assert results["seeds"]["ESD"]["seed-1"]["unet_evaluations"] == results["seeds"]["ESD"]["seed-0"]["unet_evaluations"]
 
 
 def test_methods_of_the_comparison(sd):

@@ -19,10 +19,11 @@ from sd_mini.weights import TOY
 from . import bench
 
 ROOT = Path(au.__file__).parent
-SMALL = au.Config(**{**au.TOY, "steps": 6, "warmup": 2, "attack_steps": 2, "trajectories": 4, "trajectory_steps": 4,
+SMALL = au.Config(**{**au.TOY, "steps": 6, "warmup": 2, "phrasings": 2, "attack_steps": 2, "trajectories": 4, "trajectory_steps": 4,
                      "erase_batch": 2, "retain_batch": 2, "retain_set": "photos", "device": "cpu", "model": "toy"})
-FLAGS = ["--steps", "4", "--warmup", "1", "--attack-steps", "2", "--trajectories", "4", "--trajectory-steps", "4", "--retain-set", "photos",
-         "--eval-prompts", "3", "--eval-utility", "3", "--eval-steps", "4", "--eval-attack-steps", "4", "--eval-looks", "2"]
+FLAGS = ["--steps", "4", "--warmup", "1", "--phrasings", "2", "--erase-batch", "2", "--retain-batch", "2", "--attack-steps", "2",
+         "--trajectories", "4", "--trajectory-steps", "3", "--retain-set", "photos", "--eval-prompts", "3", "--eval-utility", "3",
+         "--eval-steps", "4", "--eval-attack-steps", "4", "--eval-looks", "2"]
 
 
 def erase(sd, **changes):
