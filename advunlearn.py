@@ -102,8 +102,7 @@ class Config:
     lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
     eta: float = setting(1.0, "eta, ESD's strength", low=0)
     erase_batch: int = setting(1, "noisy latents x_t for the erase loss of an iteration", low=1)
-    phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on (prompts/phrasings.csv)", low=1,
-                             high=48)
+    phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on (see PHRASINGS)", low=1, high=12)
     plain_share: float = setting(0.0, "share of iterations after warm-up that erase the prompt without attack", low=0, high=1)
     retain_weight: float | None = setting(None, "gamma (default: the concept's; 0.5 for objects and styles)", low=0)
     retain_batch: int = setting(5, "retain prompts of an iteration", low=1)
@@ -162,15 +161,26 @@ class Config:
 
 
 # Where the toy model departs from the paper. It has few words and a tiny text encoder, in which erasing "church" does not
-# reach "a pencil drawing of a pink church" by itself: hence all four layers (the token embeddings stay, as with the paper's
-# single layer), many phrasings, fewer and longer steps, a gamma that pulls harder, and some plain steps, without which the
-# unattacked prompt stays under-trained. The attack in training has five tokens, as in evaluation; its two steps are as long
-# together as the embeddings' spread three times over. Found on church (seeds 0, 1) and parachute (seed 0).
-TOY = dict(layers=4, steps=400, warmup=30, lr=4e-4, erase_batch=8, phrasings=48, plain_share=0.1, retain_weight=2.0,
+# reach "a sketch of a church" by itself: hence all four layers (the token embeddings stay, as with the paper's single layer),
+# several phrasings, fewer and longer steps, an eta and gamma that pull harder both ways, and some plain steps, without which
+# the unattacked prompt stays under-trained. The attack's prefix is two tokens longer than the evaluation's; its two steps
+# are as long together as the embeddings' spread three times over. Found on church (seeds 0, 1) and parachute (seed 0).
+TOY = dict(layers=4, steps=450, warmup=30, lr=2e-4, eta=2.0, erase_batch=8, phrasings=7, plain_share=0.1, retain_weight=5.0,
            retain_batch=8, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48, trajectory_steps=25,
-           retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_prefix=5, eval_attack_steps=80, eval_looks=8,
+           retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4,
            eval_batch=25)
 
+PHRASINGS = {  # by kind of concept
+    "object": ("{}", "a photo of a {}", "a sketch of a {}", "a painting of a {} by van gogh", "a red {} in the snow",
+               "a picture of a green {} in the sky", "a painting of a {} at night by van gogh", "a sketch of a red {} at night",
+               "a yellow {} on the grass", "a photo of a blue {} in the desert", "a purple {} in the style of van gogh",
+               "a pencil drawing of a pink {} on the grass"),
+    "style": ("{}", "a painting of a house by {}", "a red car in the style of {}", "a painting of a tree in the snow by {}",
+              "a boat in the style of {}", "a painting of a blue golf ball by {}", "a balloon in the sky in the style of {}",
+              "a painting of a yellow house at night by {}", "a green boat on the grass in the style of {}",
+              "a painting of a gray tree in the desert by {}", "a purple house in the style of {}",
+              "a painting of a pink car at night by {}"),
+}
 PROMPTS = Path(__file__).parent / "prompts"
 
 
@@ -586,18 +596,13 @@ class Concept(NamedTuple):
     def words(self):
         return (self.name, *self.synonyms)
 
-    @property
-    def phrasings(self):
-        """Sentences that name it, first the name alone, then others of its kind in no order."""
-        return [r["prompt"].format(self.name) for r in read_csv(PROMPTS / "phrasings.csv") if r["kind"] == self.kind]
-
     def rows(self, config):
-        """Evaluation prompts: prompts/NAME.csv, or else the phrasings that are not erased in training."""
+        """Evaluation prompts: prompts/NAME.csv, or else the phrasings that are not erased in training (all, where all are)."""
         path = PROMPTS / f"{report.slug(self.name)}.csv"
         if path.is_file():
             return read_rows(path, self.name)[: config.eval_prompts]
-        unseen = self.phrasings[config.phrasings :]
-        return [Row(unseen[i % len(unseen)], 5000 + i, 7.5, self.name) for i in range(config.eval_prompts)]
+        unseen = PHRASINGS[self.kind][config.phrasings :] or PHRASINGS[self.kind]
+        return [Row(unseen[i % len(unseen)].format(self.name), 5000 + i, 7.5, self.name) for i in range(config.eval_prompts)]
 
 
 def read_csv(path, column="prompt"):
@@ -948,7 +953,7 @@ def count_evaluations(sd):
 
 def training_prompts(concepts, config):
     """-> (prompts to erase, prompts to retain, retain prompts left out since they name the concept)."""
-    erase = [phrasing for c in concepts for phrasing in c.phrasings[: config.phrasings]]
+    erase = [phrasing.format(c.name) for c in concepts for phrasing in PHRASINGS[c.kind][: config.phrasings]]
     path = PROMPTS / f"retain_{config.retain_set}.csv"
     retain, dropped = [r["prompt"] for r in read_csv(path if path.is_file() else Path(config.retain_set))], []
     if not config.retain_unfiltered:
