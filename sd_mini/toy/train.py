@@ -320,26 +320,26 @@ def write_layout(out):
 
 # --- the quality table
 
-def check(device, pictures=200, steps=25):
-    """Print, for each object, style and for colour, the share of generated pictures that show what was asked for, and
-    the judge's own accuracy on drawn pictures that no training saw. Guidance 7.5, held-out seeds."""
+def check(device, pictures=200):
+    """Print, for each object, style and for colour, the share of generated pictures that show what was asked for; which
+    styles the empty prompt draws, beside their share of the world; and the judge's own accuracy on drawn pictures that no
+    training saw. Guidance 7.5 (empty: 1), held-out seeds."""
     judge, rng = load_judge(device), np.random.default_rng(10**6)
     for model in ("toy", "toy-dusk"):
-        print(f"\n{model}: share of {pictures} pictures a row that show what was asked for, guidance 7.5, {steps} steps")
+        print(f"\n{model}: share of {pictures} pictures a row that show what was asked for, guidance 7.5, 25 steps")
         sd = load(model, device)
         colors = []
         for kind, names in (("object", world.OBJECTS), ("style", world.STYLES)):
             for name in names:
                 prompts, asked = zip(*(asked_prompt(kind, name, i, rng) for i in range(pictures)))
-                found = {key: [] for key in LABELS}
-                for i in range(0, pictures, 50):
-                    seeds = [10**6 + i + j for j in range(50)]
-                    for key, values in judge.labels(sd.sample(prompts[i : i + 50], seeds, steps, 7.5)).items():
-                        found[key] += values
+                found = seen_in(sd, judge, prompts)
                 print(f"{kind:<8}{name:<16}{np.mean([f == name for f in found[kind]]):7.1%}", flush=True)
                 if kind == "object":
                     colors += [f == c for f, c in zip(found["color"], asked) if c]
         print(f"colour  {'as asked':<16}{np.mean(colors):7.1%}   ({len(colors)} pictures)")
+        styles = seen_in(sd, judge, [""] * pictures, guidance=1.0)["style"]
+        for name, share in world.STYLE_SHARE.items():
+            print(f"empty   {name:<16}{np.mean([f == name for f in styles]):7.1%}   (of the world {share:.0%})")
     scenes = [world.random_scene(rng) for _ in range(2000)]
     drawn = torch.from_numpy(np.stack([world.draw(scene, rng).transpose(2, 0, 1) for scene in scenes]))
     labels = [judge.labels(to_unit(batch, device)) for batch in drawn.split(200)]
@@ -349,6 +349,17 @@ def check(device, pictures=200, steps=25):
     ruined = disturb(to_unit(drawn, "cpu"), torch.ones(len(drawn)) > 0, torch.Generator().manual_seed(10**6))
     nothing = [f == "nothing" for batch in ruined.split(200) for f in judge.labels(batch.to(device))["object"]]
     print(f"judge   {'nothing':<16}{np.mean(nothing):7.1%}   (the same pictures, ruined)")
+
+
+def seen_in(sd, judge, prompts, guidance=7.5):
+    """What the judge sees in the prompts' pictures -> {kind: a label each}."""
+    found = {key: [] for key in LABELS}
+    for i in range(0, len(prompts), 50):
+        batch = prompts[i : i + 50]
+        pictures = sd.sample(batch, [10**6 + i + j for j in range(len(batch))], 25, guidance)
+        for key, values in judge.labels(pictures).items():
+            found[key] += values
+    return found
 
 
 def asked_prompt(kind, name, i, rng):
