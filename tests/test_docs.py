@@ -57,7 +57,8 @@ def test_commands_of_the_method_run(tmp_path):
             here.setdefault(re.sub(r" --(out|seed) \S+| --methods .*?(?= --|$)", "", command), command)  # one of those that differ in these alone
     runs, done = [], set()
     for given in map(parsed, here.values()):
-        small = au.parse([*FLAGS, "--eval-steps", "2", "--steps", "2", "--eval-attack-steps", "2", "--eval-looks", "1"])
+        small = au.parse([*FLAGS, "--steps", "2", "--trajectory-steps", "1", "--eval-prompts", "1", "--eval-utility", "2", "--eval-steps", "2",
+                          "--eval-attack-steps", "2", "--eval-looks", "1"])
         small = {"eval_steps": 2} if given.get("task") == "sample" else small
         small |= {"methods": ["ESD"]} if given.get("task") == "compare" else {}
         out = given.get("out") or ("runs/church" if given.get("task", "train") == "train" else "")

@@ -32,8 +32,9 @@ KILLS = int(os.environ.get("KILLS", 3))
 # --- runs survive
 
 def start(out, *flags):
-    return subprocess.Popen([sys.executable, "advunlearn.py", "--concept", "church", *FLAGS, "--steps", "12", "--save-every", "2",
-                             "--resume", "--out", str(out), *flags], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    small = [*FLAGS, "--steps", "12", "--save-every", "2", "--eval-prompts", "2", "--eval-utility", "2", "--eval-steps", "2"]
+    return subprocess.Popen([sys.executable, "advunlearn.py", "--concept", "church", *small, "--resume", "--out", str(out), *flags],
+                            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def figures(out):

@@ -206,7 +206,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
     run(*flags, str(tmp_path / "one"))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "advunlearn.py", *flags, str(tmp_path / "two")],
                    cwd=ROOT, check=True, capture_output=True)
-    one, two = (load_file(tmp_path / name / "text_encoder/model.safetensors") for name in ("one", "two"))
+    one, two = ({key: value for key, value in load_file(tmp_path / name / "text_encoder/model.safetensors").items()
+                 if not key.endswith("k_proj.bias")} for name in ("one", "two"))  # softmax does not see it: its gradient is rounding
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-5)
     figures, again = (json.loads((tmp_path / name / "results.json").read_text())["results"]["erased"] for name in ("one", "two"))
     for key in ("minutes", "unet_evaluations"):
