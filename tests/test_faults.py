@@ -222,7 +222,7 @@ BAD = [  # arguments -> what the line says
     ("--attack token --attack-lr 0.1", "--attack token: --token-lr is"),
     ("--resume --overwrite", "--resume --overwrite: the one goes on"),
     ("--concept church,tench --eval-set {two.csv} --out {new}", "two.csv, line 2: label"),
-    ("--eval-set {long.csv} --out {new}", "with 3 more it exceeds the 24"),
+    ("--eval-set {long.csv} --out {new}", "with 5 more it exceeds the 24"),
     ("--seed -1", "--seed -1: must be between 0 and 2147483647"),
     ("--plain-share 2", "--plain-share 2.0: must be between 0 and 1"),
     ("--phrasings 13", "--phrasings 13: must be between 1 and 12"),
