@@ -322,7 +322,7 @@ def write_layout(out):
 
 # --- the quality table
 
-def check(device, pictures=200):
+def check(device, pictures=100):
     """Print, for each object, style and for colour, the share of generated pictures that show what was asked for; what the
     empty prompt draws; and the judge's own accuracy on drawn pictures that no training saw. Guidance 7.5 (empty: 1),
     held-out seeds."""
