@@ -166,7 +166,7 @@ class Config:
 # three phrasings, fewer and longer steps, an eta and gamma that pull harder both ways, and some plain steps, without which
 # the unattacked prompt stays under-trained. The attack's prefix is five tokens long, in training as in evaluation; its two
 # steps are as long together as the embeddings' spread three times over. Found on church (seeds 0, 1) and parachute (seed 0).
-TOY = dict(layers=4, steps=450, warmup=30, lr=4e-4, eta=2.0, erase_batch=8, phrasings=3, plain_share=0.1, retain_weight=12.0,
+TOY = dict(layers=4, steps=450, warmup=30, lr=4e-4, eta=2.0, erase_batch=8, phrasings=3, plain_share=0.1, retain_weight=15.0,
            retain_batch=12, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48, trajectory_steps=25,
            retain_set="toy", suite="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100, eval_looks=4,
            eval_prefix=5, eval_batch=25)
