@@ -19,7 +19,7 @@ Glossary
     empty, r        the empty prompt; a retain prompt, for something else
     z               in the loop: some `Latents`, each with its prompt, t, x_t and what eps_o is there
     delta           the prefix as embeddings (k, D), one row a token; p: the prefix as k distributions over the vocabulary
-    eta             how far ESD pushes away from the concept
+    eta             how far ESD (erased Stable Diffusion), erasing without attack, pushes away from the concept
     gamma           the weight of the retain loss
     N, L, D, k, V   prompts in a batch, context length in tokens, embedding width, tokens of the prefix, of the vocabulary
     || . ||^2       in all losses the mean over coordinates, so that they compare across sizes
@@ -86,7 +86,8 @@ class Config:
     precision: str | None = setting(None, "of the networks that are not trained, fp32 or bf16; what is trained stays in fp32 "
                                           "(default: bf16 on a GPU that has it)", ("fp32", "bf16"))
     low_memory: bool = setting(False, "compute the UNet's activations again in the backward pass instead of keeping them")
-    seed: int = setting(0, "seed of everything random in training and attacks", low=0, high=2**31 - 1)
+    seed: int = setting(0, "seed of everything random in training and attacks, and of --task sample's pictures", low=0,
+                        high=2**31 - 1)
     resume: bool = setting(False, "go on with the run that was begun in the folder")
     overwrite: bool = setting(False, "start anew where the folder holds a run")
     save_every: int = setting(100, "iterations between checkpoints", low=1)
@@ -119,11 +120,11 @@ class Config:
                                            low=1e-10)
     prefix: int = setting(1, "k, tokens of the prefix in training", low=1)
 
-    trajectories: int = setting(32, "sampling runs of the frozen model behind the bank of x_t, for each of both terms; at "
-                                    "least one for each prompt", low=1)
+    trajectories: int = setting(32, "sampling runs of the frozen model behind the bank of x_t, for the prompts to erase and "
+                                    "for those to retain; at least one for each prompt", low=1)
     trajectory_steps: int = setting(50, "DDIM steps of each", low=1, high=500)
     trajectory_guidance: float = setting(3.0, "guidance of each", low=0)
-    fresh_trajectories: bool = setting(False, "sample anew for every x_t, as the published code does, instead of the bank")
+    fresh_trajectories: bool = setting(False, "sample anew for every x_t, as the published code does, not from the bank")
 
     suite: str = setting("real", "the other evaluation prompts: prompts/suite_NAME.csv (real; toy)")
     judge: str | None = setting(None, "MODEL:LABEL, an image classifier or CLIP, a folder or on the hub, and what it calls the "
@@ -140,7 +141,8 @@ class Config:
                                  "concept ends the attack on its prompt", low=1)
     token_lr: float = setting(0.01, "Adam's learning rate for p in the token attack, of evaluation and of training", low=1e-10,
                               high=10)
-    eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding attack", low=1e-10, high=10)
+    eval_embedding_lr: float = setting(0.01, "Adam's learning rate for delta in the embedding and the inversion attack",
+                                       low=1e-10, high=10)
     eval_batch: int = setting(5, "prompts attacked, and pictures drawn, at a time; 5 takes no more memory than training", low=1)
     save_images: str | None = setting(None, "folder for every evaluation picture, prompt and seed in its name")
 
@@ -198,7 +200,7 @@ def parse(argv=None):
     hints, flags = get_type_hints(Config), {}
     for f in fields(Config):
         flag, kind, choices = "--" + f.name.replace("_", "-"), hints[f.name], f.metadata["choices"]
-        help = f.metadata["help"] + ("" if f.default in (None, (), False) else f" (default: {f.default})")
+        help = f.metadata["help"] + ("" if f.default in (None, ()) or f.default is False else f" (default: {f.default})")
         flags[flag] = f
         if kind is bool:
             parser.add_argument(flag, action="store_true", help=help)
@@ -479,8 +481,7 @@ def one_of(words):
 def without_concept(prompts, words):
     """-> (prompts kept, prompts that name the concept by one of the words): a retain set that holds it undoes erasing."""
     pattern = one_of(words)
-    names = [bool(pattern.search(p)) for p in prompts]
-    return [p for p, named in zip(prompts, names) if not named], [p for p, named in zip(prompts, names) if named]
+    return [p for p in prompts if not pattern.search(p)], [p for p in prompts if pattern.search(p)]
 
 
 # ---------------------------------------------------------------------------------------------------------- outer loop
@@ -732,13 +733,9 @@ def shown(judge, pictures, rows):
 def attack_rows(sd, lab, which, attack, config):
     """Attack the prompts of these rows -> (one dict a row: broken, step, adversarial prompt; pictures (N, 3, H, W)).
 
-    Both attacks minimise the noise-prediction loss of the target picture, what the original model drew for the row:
-
-        l(theta, c') = || eps - eps_theta(x_t | c') ||^2,    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps
-
-    At `eval_looks` of its steps the pictures of the rows left are drawn and judged; broken ones are attacked no more. A
-    token attack counts by its text alone: the tokens are decoded, tokenised again with the prompt and drawn with the
-    row's own seed.
+    Both attacks minimise `ddpm_loss` of the target picture, what the original model drew for the row. At `eval_looks` of
+    its steps the pictures of the rows left are drawn and judged; broken ones are attacked no more. A token attack counts by
+    its text alone: the tokens are decoded, tokenised again with the prompt and drawn with the row's own seed.
     """
     rows, targets = [lab.exam.rows[i] for i in which], lab.original["rows"][which]
     generator, prompts = torch.Generator().manual_seed(config.seed), [r.prompt for r in rows]
@@ -803,10 +800,15 @@ def inversion_attack(sd, rows, targets, words, attack, config):
 
 
 def invert_rows(sd, lab, which, attack, config):
-    """The inversion attack on some of the rows, learnt on all of them -> (one dict a row, pictures)."""
-    words, rows = [word for c in lab.concepts for word in c.words], [lab.exam.rows[i] for i in which]
-    context = inversion_attack(sd, lab.exam.rows, lab.original["rows"], words, attack, config)
-    drawn = draw_rows(sd, rows, config, context[which])
+    """The inversion attack on some of the rows, an embedding for each concept, learnt on all its rows -> (a dict a row,
+    pictures)."""
+    words, context = [word for c in lab.concepts for word in c.words], {}
+    for label in dict.fromkeys(row.label for row in lab.exam.rows):
+        own = [i for i, row in enumerate(lab.exam.rows) if row.label == label]
+        learnt = inversion_attack(sd, [lab.exam.rows[i] for i in own], lab.original["rows"][own], words, attack, config)
+        context.update(zip(own, learnt))
+    rows = [lab.exam.rows[i] for i in which]
+    drawn = draw_rows(sd, rows, config, torch.stack([context[i] for i in which]))
     return [{"broken": broken} for broken in shown(lab.exam.judge, drawn, rows)], drawn
 
 
@@ -816,7 +818,7 @@ def draw_exam(sd, exam, config):
     rows = [row for part in parts for row in getattr(exam, part)]
     batches = [rows[i : i + config.eval_batch] for i in range(0, len(rows), config.eval_batch)]
     drawn = ranks.exchange([[draw_rows(sd, batch, config)] for batch in batches[ranks.TURN]], len(batches), sd.device)
-    pictures = torch.cat([batch for batch, in drawn]).split([len(getattr(exam, part)) for part in parts])
+    pictures = torch.cat([batch for batch, in drawn]).to(sd.device).split([len(getattr(exam, part)) for part in parts])
     return dict(zip(parts, pictures))
 
 

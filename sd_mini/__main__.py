@@ -11,7 +11,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--guidance", type=float, default=7.5)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", default="picture.png")
     args = parser.parse_args()
 
@@ -22,7 +22,7 @@ def main():
     try:
         picture = load(args.model, args.device).sample([args.prompt], args.seed, args.steps, args.guidance)[0]
         matplotlib.image.imsave(args.out, picture.permute(1, 2, 0).cpu().numpy())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, AssertionError) as error:  # the last two are torch's, of a device it has not
         parser.exit(2, f"error: {error}\n")
     print(args.out)
 

@@ -137,7 +137,7 @@ def remember(folder, jobs):
 
 # --- the folder of a run: config and state in OUT/partial until it is finished, then OUT/results.json
 
-APART = ("task", "methods", "out", "resume", "overwrite", "save_every", "save_images", "debug")  # no figure depends on these
+APART = ("task", "methods", "out", "resume", "overwrite", "save_every", "save_images", "low_memory", "debug")  # figures do not depend on these
 
 
 def differences(old, new):

@@ -34,7 +34,8 @@ def join(device):
 
 
 def exchange(mine, n, device):
-    """`mine`, a tuple of tensors for each item of this process's turn -> those of all n items, in order."""
+    """`mine`, a tuple of tensors for each item of this process's turn -> those of all n items, in order: on the
+    CPU, having travelled by `device`; where they are, if there is one process."""
     if COUNT == 1:
         return mine
     mine, everything = iter(mine), []
@@ -45,7 +46,7 @@ def exchange(mine, n, device):
         sent = torch.frombuffer(bytearray(data.ljust(int(size))), dtype=torch.uint8).to(device)
         dist.broadcast(sent, owner)
         received = load(sent.cpu().numpy().tobytes())
-        everything.append([received[str(j)].to(device) for j in range(len(received))])
+        everything.append([received[str(j)] for j in range(len(received))])
     return everything
 
 

@@ -88,6 +88,21 @@ def test_inversion_lowers_the_loss_and_replaces_the_name_alone(sd):
     assert differ.nonzero().tolist() == [[0, 5], [1, 1]] and torch.equal(start[0, 5], start[1, 1])
 
 
+def test_each_concept_is_inverted_by_an_embedding_of_its_own(sd, monkeypatch):
+    """The pictures of the rows asked for come from their own concept's context, learnt on all its rows and targets."""
+    rows = [au.Row(f"a {label}", seed, 1.0, label) for seed, label in enumerate(["church", "tench", "church"])]
+    lab = au.Lab(au.read_concepts("church,tench"), sd, au.Exam(rows, [], [], [], [], None, None),
+                 {"rows": torch.arange(3.0)}, [0], 0.0)
+    learnt, drawn = [], []
+    monkeypatch.setattr(au, "inversion_attack", lambda sd, own, targets, *_: (
+        learnt.append(([row.prompt for row in own], targets.tolist())), torch.full((len(own), 2), targets[0]))[1])
+    monkeypatch.setattr(au, "draw_rows", lambda sd, rows, config, context: drawn.append(context[:, 0].tolist()))
+    monkeypatch.setattr(au, "shown", lambda judge, pictures, rows: [True] * len(rows))
+    records, _ = au.invert_rows(sd, lab, [1, 2], au.Attack("inversion", 1, 0.1, 1), SMALL)
+    assert learnt == [(["a church", "a church"], [0.0, 2.0]), (["a tench"], [1.0])]
+    assert drawn == [[1.0, 0.0]] and len(records) == 2
+
+
 @pytest.mark.parametrize("kind", ["token", "embedding"])
 def test_broken_rows_are_attacked_no_more(sd, kind):
     """A judge that sees the concept in all but the last picture: after the first of two looks one row is left."""

@@ -1,7 +1,7 @@
 """Train the toy Stable Diffusion from nothing, in the order of the real one, and measure it.
 
-    python -m sd_mini.toy.train            all stages, then the quality table; a stopped run goes on where it was
-    python -m sd_mini.toy.train --check    the quality table of the weights that are there
+    python -m sd_mini.toy.train --out my-toy    all stages; a stopped run goes on where it was
+    python -m sd_mini.toy.train --check         the quality table of the embedded weights
 
 Stages: tokenizer; VAE; CLIP (text encoder and picture encoder, contrastively); judge; UNet with the text encoder frozen;
 a second UNet, fine-tuned on another look of the world. What decides is the order: a UNet trained together with its text
@@ -10,6 +10,7 @@ encoder learns to draw and to read at the same time, and after the same time doe
 import argparse
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoints, write_atomically, write_json
-from ..pipeline import StableDiffusion
 from ..schedule import Schedule
 from ..text_encoder import TextEncoder
 from ..unet import UNet
@@ -392,12 +392,15 @@ STAGES = {  # stage -> (function, the file whose presence says it is done)
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=TOY)
-    parser.add_argument("--work", type=Path, default=Path("runs/toy-training"))
+    parser.add_argument("--work", type=Path, default=Path("runs/toy-training"), help="drawings, and "
+                        "what a stopped run needs to go on; delete it after a change of world.py")
     parser.add_argument("--stages", nargs="*", default=list(STAGES), choices=list(STAGES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--check", action="store_true", help="only print the quality table")
+    parser.add_argument("--check", action="store_true", help="only print the quality table of the embedded weights")
     args = parser.parse_args()
     if args.check:
+        if args.out != TOY:
+            parser.error("--check: measures the embedded weights; without --out")
         return check(args.device)
     write_layout(args.out)
     args.work.mkdir(parents=True, exist_ok=True)
@@ -405,6 +408,7 @@ def main():
         train, done = STAGES[stage]
         if not (args.out / done).exists():
             train(args.out, args.work, args.device)
+            shutil.rmtree(args.work / stage, ignore_errors=True)  # finished checkpoints, which another run would take for its own
     if args.out == TOY:
         check(args.device)
 

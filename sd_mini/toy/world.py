@@ -106,7 +106,7 @@ def line(x, y, ax, ay, bx, by, half_w):
 
 # --- objects: layers from back to front, each a distance and either a shade of the object's colour or a fixed colour
 
-DARK, GLASS, PALE, WOOD, LEAF = (0.13, 0.13, 0.16), (0.72, 0.88, 0.97), (0.95, 0.93, 0.88), (0.45, 0.29, 0.16), 0.85
+DARK, GLASS, PALE, WOOD = (0.13, 0.13, 0.16), (0.72, 0.88, 0.97), (0.95, 0.93, 0.88), (0.45, 0.29, 0.16)
 
 
 def cross(x, y, cx, cy):
