@@ -26,7 +26,8 @@ ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).with_name("reference.zip")  # in a student's copy: the solutions
 SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
     11: (9, "a better attack", "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the same number of "
-         "steps (`--eval-attack-steps`); hand in a sentence on why it does.", ["--attack", "none", "--retain-weight", "0"]),
+         "steps (`--eval-attack-steps`); hand in a sentence on why it does.", ["--attack", "none", "--retain-weight", "0",
+         "--train", "cross_attention"]),
     12: (7, "a better retain set", "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that AdvUnlearn keeps "
          "more, styles included, and stays as robust.", ["--retain-set", "mine"]),
 }
