@@ -202,7 +202,9 @@ def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
 
 @pytest.mark.beside
 def test_two_processes_give_what_one_gives(tmp_path):
-    flags = ["--concept", "church", *FLAGS, "--eval-batch", "2", "--out"]
+    """Without the token embeddings: the first retain loss is rounding, and so are the gradients of words that it alone
+    has, of which Adam makes whole steps all the same."""
+    flags = ["--concept", "church", *FLAGS, "--layers", "4", "--eval-batch", "2", "--out"]
     run(*flags, str(tmp_path / "one"))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "advunlearn.py", *flags, str(tmp_path / "two")],
                    cwd=ROOT, check=True, capture_output=True)
