@@ -1,12 +1,16 @@
-"""The convolutional blocks that the UNet and the VAE share; attribute names are the published tensor names."""
+"""The convolutional blocks that the UNet and the VAE share.
+
+Attribute names are the published tensor names.
+"""
 import torch.nn.functional as F
 from torch import nn
 
 
 class ResnetBlock(nn.Module):
-    """norm -> silu -> conv, twice, around a shortcut; the UNet adds the time embedding in between.
+    """norm -> silu -> conv, twice, plus a shortcut from the input.
 
-    (B, c_in, h, w), (B, c_time) -> (B, c_out, h, w). Without `c_time` (the VAE) there is no time embedding.
+    (B, c_in, h, w), (B, c_time) -> (B, c_out, h, w). The UNet adds the time embedding in between.
+    The VAE has none (no `c_time`).
     """
 
     def __init__(self, c_in, c_out, groups, eps, c_time=None):
@@ -29,7 +33,10 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution with a strided convolution. The VAE pads right and bottom only, the UNet all round."""
+    """Halve the resolution with a strided convolution.
+
+    The UNet pads all four sides, the VAE only right and bottom.
+    """
 
     def __init__(self, channels, padding=1):
         super().__init__()
@@ -51,7 +58,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """One resolution of a network: a bag for its published lists `resnets`, `attentions`, `down/upsamplers`."""
+    """One resolution of a network: lists `resnets`, `attentions`, `downsamplers`, `upsamplers`."""
 
     def __init__(self, **parts):
         super().__init__()

@@ -14,14 +14,14 @@ from .vae import VAE
 
 @dataclass
 class StableDiffusion:
-    """The five parts, and the few calls that the rest of the project makes."""
+    """The five parts of the model, and the calls that the rest of the project makes."""
 
     tokenizer: object
     text_encoder: TextEncoder
     unet: UNet
     vae: VAE
     schedule: Schedule
-    folder: Path | None = None  # where the tokenizer and configs came from
+    folder: Path | None = None  # the tokenizer and the configs came from here
 
     @property
     def device(self):
@@ -34,7 +34,7 @@ class StableDiffusion:
 
     @property
     def context_length(self):
-        """L, the number of tokens of a prompt with its start, end and padding (77 for the published models)."""
+        """L, the tokens of a prompt with start, end and padding (77 in the published models)."""
         return self.text_encoder.config["max_position_embeddings"]
 
     @property
@@ -42,28 +42,43 @@ class StableDiffusion:
         return (self.unet.config["in_channels"], *[self.unet.config["sample_size"]] * 2)
 
     def tokenize(self, prompts):
-        """N prompts -> (N, L) ids: start, the prompt, end, padding. What is longer than the context is cut."""
-        return self.tokenizer(list(prompts), padding="max_length", max_length=self.context_length, truncation=True,
-                              return_tensors="pt").input_ids.to(self.device)
+        """N prompts -> (N, L) ids: start, prompt, end, padding. A longer prompt is cut."""
+        return self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=self.context_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(self.device)
 
     def encode_prompt(self, prompts):
         """N prompts -> context (N, L, D)."""
         return self.text_encoder(self.tokenize(prompts))
 
     def predict_noise(self, x_t, t, context):
-        """eps_theta(x_t | c): (B, 4, h, w), (B,) or scalar, (B, L, D) -> (B, 4, h, w), in float32 whatever the UNet's own
-        precision: what it says is a small part of x_t, and steps add up."""
+        """eps_theta(x_t | c): (B, 4, h, w), (B,) or scalar, (B, L, D) -> (B, 4, h, w) float32.
+
+        It is float32 at every UNet precision: a step changes x_t only a little, and errors add up.
+        """
         out = self.unet(x_t.to(self.dtype), t, context.to(self.dtype)).float()
         return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
 
     def initial_noise(self, seeds):
-        """One x_T per seed, (N, 4, h, w), drawn on the CPU: the same noise on every device, in every batch."""
-        noise = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        """N seeds -> (N, 4, h, w), one x_T per seed.
+
+        The CPU draws it, so it is the same on every device and in every batch.
+        """
+        noise = [
+            torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
         return torch.stack(noise).to(self.device)
 
     def denoise(self, x_t, context, steps, guidance):
-        """Guided DDIM from x_T, one step at a time; yields (t, x_t, eps_c, eps_empty) before each step, then
-        (0, x_0, None, None)."""
+        """Run guided DDIM from x_T, one step at a time.
+
+        Yields (t, x_t, eps_c, eps_empty) before each step, and (0, x_0, None, None) at the end.
+        """
         guidance = torch.as_tensor(guidance, device=x_t.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
         timesteps = self.schedule.timesteps(steps)
         stride = self.schedule.config["num_train_timesteps"] // steps
@@ -71,15 +86,17 @@ class StableDiffusion:
         for t in timesteps:
             eps_c, eps_empty = self.predict_noise(torch.cat([x_t, x_t]), t, both).chunk(2)
             yield t, x_t, eps_c, eps_empty
-            x_t = self.schedule.ddim_step(x_t, self.schedule.guide(eps_c, eps_empty, guidance), t, t - stride)
+            x_t = self.schedule.ddim_step(
+                x_t, self.schedule.guide(eps_c, eps_empty, guidance), t, t - stride
+            )
         yield 0, x_t, None, None
 
     @torch.no_grad()
     def sample(self, prompts=None, seed=0, steps=50, guidance=7.5, context=None):
         """Prompts, or their context (N, L, D) -> pictures (N, 3, H, W) in [0, 1].
 
-        `seed`, `guidance`: one for all, or a list with one per prompt; a picture depends on its own prompt, seed and
-        guidance alone.
+        `seed` and `guidance` are one value for all prompts, or a list with one per prompt.
+        A picture depends on its own prompt, seed and guidance alone.
         """
         context = self.encode_prompt(prompts) if context is None else context
         seeds = [seed] * len(context) if isinstance(seed, int) else list(seed)

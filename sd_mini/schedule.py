@@ -1,11 +1,12 @@
-"""The forward process, and the DDIM sampler's step, as short closed forms of alpha_bar."""
+"""The forward process and the DDIM step, both written in terms of alpha_bar."""
 import torch
 
 
 class Schedule:
     """alpha_bar_t = prod over s <= t of (1 - beta_s), from a published `scheduler_config.json`.
 
-    `alpha_bar` is (T,) float32. Source: Ho et al. 2020 (DDPM), equations 2-4; Song et al. 2021 (DDIM), equation 12.
+    `alpha_bar` is (T,) float32.
+    Source: Ho et al. 2020 (DDPM), equations 2-4; Song et al. 2021 (DDIM), equation 12.
     """
 
     def __init__(self, config):
@@ -17,34 +18,48 @@ class Schedule:
         elif config["beta_schedule"] == "linear":
             beta = torch.linspace(lo, hi, steps, dtype=torch.float32)
         else:
-            raise ValueError(f"scheduler_config.json: unknown beta_schedule {config['beta_schedule']!r}")
+            raise ValueError(
+                f"scheduler_config.json: unknown beta_schedule {config['beta_schedule']!r}"
+            )
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)
         self.predicts_v = config.get("prediction_type", "epsilon") == "v_prediction"
 
     def alpha_bar_at(self, t, like):
-        """alpha_bar at time steps `t` ((B,) or scalar), shaped to multiply `like`. A t below 0 is the clean picture,
-        which the published schedules give alpha_bar_0 instead of 1 (`set_alpha_to_one` false)."""
+        """alpha_bar at time steps `t` ((B,) or scalar), shaped to multiply `like`.
+
+        A t below 0 is the clean picture. Its alpha_bar is 1, or alpha_bar_0 in the published
+        schedules (`set_alpha_to_one` false).
+        """
         t = torch.as_tensor(t)
-        final = torch.tensor(1.0) if self.config.get("set_alpha_to_one", True) else self.alpha_bar[0]
+        final = (
+            torch.tensor(1.0) if self.config.get("set_alpha_to_one", True) else self.alpha_bar[0]
+        )
         alpha_bar = torch.where(t.cpu() < 0, final, self.alpha_bar[t.cpu().clamp(min=0)])
         return alpha_bar.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
 
     def add_noise(self, x_0, noise, t):
-        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps. (B, ...), (B, ...), (B,) or scalar -> (B, ...).
-        DDPM, equation 4."""
+        """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, equation 4).
+
+        (B, ...), (B, ...), (B,) or scalar -> (B, ...).
+        """
         alpha_bar = self.alpha_bar_at(t, x_0)
         return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 
     def timesteps(self, steps):
-        """The `steps` time steps of a sampling run, from noisy to clean, evenly spaced from `steps_offset` on."""
+        """The `steps` time steps of a sampling run, from noisy to clean.
+
+        They are evenly spaced, and the last is `steps_offset`.
+        """
         total, offset = self.config["num_train_timesteps"], self.config.get("steps_offset", 0)
         if not 1 <= steps <= total - offset:
             raise ValueError(f"steps must be from 1 to {total - offset}, not {steps}")
         return [i * (total // steps) + offset for i in reversed(range(steps))]
 
     def guide(self, eps_c, eps_empty, guidance):
-        """Classifier-free guidance: eps_empty + guidance * (eps_c - eps_empty). (Ho & Salimans 2022, equation 6, with
-        w = guidance - 1.)"""
+        """Classifier-free guidance: eps_empty + guidance * (eps_c - eps_empty).
+
+        Ho & Salimans 2022, equation 6, with w = guidance - 1.
+        """
         return eps_empty + guidance * (eps_c - eps_empty)
 
     def ddim_step(self, x_t, eps, t, t_prev):
@@ -58,6 +73,9 @@ class Schedule:
         return prev.sqrt() * x_0 + (1 - prev).sqrt() * eps
 
     def v_to_eps(self, v, x_t, t):
-        """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t, for models that predict v (Salimans & Ho 2022)."""
+        """eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t, for models that predict v.
+
+        Source: Salimans & Ho 2022.
+        """
         alpha_bar = self.alpha_bar_at(t, x_t)
         return alpha_bar.sqrt() * v + (1 - alpha_bar).sqrt() * x_t

@@ -1,4 +1,4 @@
-"""CLIP's text transformer: token ids, or token embeddings, to the context that the UNet attends to."""
+"""CLIP's text transformer: token ids or embeddings -> the context that the UNet attends to."""
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -10,10 +10,11 @@ ACTIVATIONS = {
 
 
 class TextEncoder(nn.Module):
-    """`sd.text_encoder(input_ids)` or `sd.text_encoder(embeddings=e)`.
+    """Call it as `sd.text_encoder(input_ids)` or `sd.text_encoder(embeddings=e)`.
 
-    Attribute names are those of the published tensors, without their common prefix `text_model.`.
-    Source: Radford et al. 2021 (CLIP), section 2.4; config keys as in transformers' CLIPTextConfig.
+    Attribute names are the published tensor names without their common prefix `text_model.`.
+    Config keys are those of transformers' CLIPTextConfig.
+    Source: Radford et al. 2021 (CLIP), section 2.4.
     """
 
     def __init__(self, config):
@@ -24,14 +25,16 @@ class TextEncoder(nn.Module):
         self.embeddings.token_embedding = nn.Embedding(config["vocab_size"], width)
         self.embeddings.position_embedding = nn.Embedding(config["max_position_embeddings"], width)
         self.encoder = nn.Module()
-        self.encoder.layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.encoder.layers = nn.ModuleList(
+            Layer(config) for _ in range(config["num_hidden_layers"])
+        )
         self.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
 
     def forward(self, input_ids=None, embeddings=None):
-        """(B, L) ids, or (B, L, D) token embeddings before positions are added -> (B, L, D) after the final norm.
+        """(B, L) ids, or (B, L, D) token embeddings -> (B, L, D) after the final norm.
 
-        The second door exists for the attacks, which move embeddings that no token has. `L` is at most the
-        context length (77 for the published models).
+        Positions are added here. The attacks pass embeddings, because theirs belong to no token.
+        L is at most the context length (77 in the published models).
         """
         if (input_ids is None) == (embeddings is None):
             raise ValueError("give either input_ids or embeddings")
@@ -62,7 +65,7 @@ class Layer(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Causal: a token sees itself and what stands before it, so a prefix reaches every token of the prompt."""
+    """Causal: a token sees itself and those before it, so a prefix reaches the whole prompt."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -71,6 +74,9 @@ class SelfAttention(nn.Module):
         self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, h):
-        q, k, v = (p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
         return self.out_proj(h.transpose(1, 2).flatten(2))

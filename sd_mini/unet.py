@@ -1,4 +1,7 @@
-"""The noise predictor eps_theta(x_t | c): a UNet with cross-attention to the prompt, driven by its `config.json`."""
+"""The noise predictor eps_theta(x_t | c): a UNet with cross-attention to the prompt.
+
+Its `config.json` sets its sizes.
+"""
 import math
 from functools import partial
 
@@ -11,14 +14,20 @@ from .blocks import Downsample, Level, ResnetBlock, Upsample
 
 
 def timestep_embedding(t, dim):
-    """(B,) time steps -> (B, dim) cosines and sines of falling frequency (Ho et al. 2020; Vaswani et al. 2017)."""
+    """(B,) time steps -> (B, dim): cosines, then sines, of falling frequency.
+
+    Source: Ho et al. 2020; Vaswani et al. 2017.
+    """
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 class UNet(nn.Module):
-    """`sd.unet(x_t, t, context)`. Source: Rombach et al. 2022; config keys as in diffusers' UNet2DConditionModel."""
+    """Call it as `sd.unet(x_t, t, context)`. Source: Rombach et al. 2022.
+
+    Config keys are those of diffusers' UNet2DConditionModel.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -26,7 +35,8 @@ class UNet(nn.Module):
         widths, layers = config["block_out_channels"], config["layers_per_block"]
         groups, eps = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
         c_time, c_context = 4 * widths[0], config["cross_attention_dim"]
-        # Published configs call it attention_head_dim, but it is the number of heads, one for all levels or a list.
+        # Published configs call it attention_head_dim, but it is the number of heads:
+        # one number for all levels, or a list.
         heads = config["attention_head_dim"]
         heads = [heads] * len(widths) if isinstance(heads, int) else heads
         linear = config.get("use_linear_projection", False)
@@ -43,12 +53,16 @@ class UNet(nn.Module):
         self.time_embedding.linear_2 = nn.Linear(c_time, c_time)
 
         self.down_blocks = nn.ModuleList()
-        c, skips = widths[0], [widths[0]]  # `skips`: the width of each output that the way up will want back
+        c, skips = widths[0], [widths[0]]  # `skips`: widths of the outputs that the up blocks reuse
         for level, (width, kind) in enumerate(zip(widths, config["down_block_types"])):
             last = level == len(widths) - 1
             self.down_blocks.append(Level(
                 resnets=[resnet(c_in, width) for c_in in [c] + [width] * (layers - 1)],
-                attentions=[attention(level) for _ in range(layers)] if kind == "CrossAttnDownBlock2D" else [],
+                attentions=(
+                    [attention(level) for _ in range(layers)]
+                    if kind == "CrossAttnDownBlock2D"
+                    else []
+                ),
                 downsamplers=[] if last else [Downsample(width)],
             ))
             skips += [width] * (layers if last else layers + 1)
@@ -61,7 +75,11 @@ class UNet(nn.Module):
             width = widths[level]
             self.up_blocks.append(Level(
                 resnets=[resnet(c_in + skips.pop(), width) for c_in in [c] + [width] * layers],
-                attentions=[attention(level) for _ in range(layers + 1)] if kind == "CrossAttnUpBlock2D" else [],
+                attentions=(
+                    [attention(level) for _ in range(layers + 1)]
+                    if kind == "CrossAttnUpBlock2D"
+                    else []
+                ),
                 upsamplers=[Upsample(width)] if level else [],
             ))
             c = width
@@ -70,7 +88,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(c, config["out_channels"], 3, padding=1)
 
     def forward(self, x_t, t, context):
-        """(B, 4, h, w) latents, (B,) or scalar time step, (B, L, D) context -> (B, 4, h, w) predicted noise."""
+        """(B, 4, h, w) latents, (B,) or scalar t, (B, L, D) context -> (B, 4, h, w) noise."""
         t = torch.as_tensor(t, device=x_t.device).expand(x_t.shape[0])
         t_emb = timestep_embedding(t, self.conv_in.out_channels).to(x_t.dtype)
         t_emb = self.time_embedding.linear_2(F.silu(self.time_embedding.linear_1(t_emb)))
@@ -102,23 +120,30 @@ class UNet(nn.Module):
 
 
 def recompute_activations(unet):
-    """Keep only what passes between the blocks; the backward pass computes the rest once more. Same gradients, a third
-    more time, a fraction of the memory (Chen et al. 2016)."""
+    """Store only the tensors between blocks; the backward pass recomputes the rest.
+
+    Same gradients, a third more time, a fraction of the memory (Chen et al. 2016).
+    """
     for block in unet.modules():
         if isinstance(block, (ResnetBlock, SpatialTransformer)):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class SpatialTransformer(nn.Module):
-    """Every position of the picture attends to all positions, then to the prompt: where the prompt enters."""
+    """Each position attends to all positions, then to the prompt, which enters nowhere else."""
 
     def __init__(self, channels, heads, c_context, groups, linear):
         super().__init__()
-        self.linear = linear  # SD 1.x projects with 1x1 convolutions, SD 2.x with linear layers: the same sum
+        # SD 1.x projects with 1x1 convolutions, SD 2.x with linear layers. Both compute the same.
+        self.linear = linear
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_in = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, c_context)])
-        self.proj_out = nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        self.proj_out = (
+            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
+        )
 
     def forward(self, x, context):
         height = x.shape[2]
@@ -134,7 +159,10 @@ class SpatialTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, gated perceptron; each behind a norm and a shortcut."""
+    """Self-attention, cross-attention to the context, gated perceptron.
+
+    Each starts with a norm and adds its result to its input.
+    """
 
     def __init__(self, channels, heads, c_context):
         super().__init__()
@@ -150,7 +178,7 @@ class TransformerBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V with queries from the picture; keys and values from `context`."""
+    """softmax(Q K^T / sqrt(d)) V: queries from the picture, keys and values from `context`."""
 
     def __init__(self, channels, heads, c_context):
         super().__init__()
@@ -168,7 +196,10 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020); the published names `net.0.proj` and `net.2` leave room for a dropout at `net.1`."""
+    """GEGLU (Shazeer 2020).
+
+    The published names `net.0.proj` and `net.2` leave `net.1` for a dropout.
+    """
 
     def __init__(self, channels):
         super().__init__()

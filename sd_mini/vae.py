@@ -9,8 +9,10 @@ EPS = 1e-6
 
 
 class VAE(nn.Module):
-    """`sd.vae.encode(image)`, `sd.vae.decode(z)`. Source: Rombach et al. 2022, section 3.1; config keys as in
-    diffusers' AutoencoderKL."""
+    """Call `sd.vae.encode(image)` and `sd.vae.decode(z)`.
+
+    Config keys are those of diffusers' AutoencoderKL. Source: Rombach et al. 2022, section 3.1.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -22,23 +24,27 @@ class VAE(nn.Module):
         self.scaling_factor = config.get("scaling_factor", 0.18215)
 
     def moments(self, image):
-        """(B, 3, H, W) -> mean and log-variance of q(z | image), each (B, 4, h, w), not yet scaled."""
+        """(B, 3, H, W) -> mean and log-variance of q(z | image), each (B, 4, h, w), unscaled."""
         mean, log_var = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, log_var.clamp(-30, 20)
 
     def encode(self, image):
-        """(B, 3, H, W) in [-1, 1] -> z (B, 4, h, w), the mean of q(z | image) times the scaling factor."""
+        """(B, 3, H, W) in [-1, 1] -> z (B, 4, h, w): scaling_factor * mean of q(z | image)."""
         return self.moments(image.to(self.quant_conv.weight.dtype))[0].float() * self.scaling_factor
 
     def decode(self, z):
-        """z (B, 4, h, w) as the UNet knows it -> picture (B, 3, H, W), about [-1, 1]."""
-        return self.decoder(self.post_quant_conv((z / self.scaling_factor).to(self.quant_conv.weight.dtype))).float()
+        """z (B, 4, h, w), scaled -> picture (B, 3, H, W), about [-1, 1]."""
+        return self.decoder(
+            self.post_quant_conv((z / self.scaling_factor).to(self.quant_conv.weight.dtype))
+        ).float()
 
 
 def middle(channels, groups):
     """resnet -> attention -> resnet at the lowest resolution."""
-    return Level(resnets=[ResnetBlock(channels, channels, groups, EPS) for _ in range(2)],
-                 attentions=[SpatialAttention(channels, groups)])
+    return Level(
+        resnets=[ResnetBlock(channels, channels, groups, EPS) for _ in range(2)],
+        attentions=[SpatialAttention(channels, groups)],
+    )
 
 
 def through_middle(block, h):
@@ -53,9 +59,15 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         c = widths[0]
         for level, width in enumerate(widths):
-            resnets = [ResnetBlock(c if i == 0 else width, width, groups, EPS) for i in range(config["layers_per_block"])]
+            resnets = [
+                ResnetBlock(c if i == 0 else width, width, groups, EPS)
+                for i in range(config["layers_per_block"])
+            ]
             last = level == len(widths) - 1
-            self.down_blocks.append(Level(resnets=resnets, downsamplers=[] if last else [Downsample(width, padding=0)]))
+            self.down_blocks.append(Level(
+                resnets=resnets,
+                downsamplers=[] if last else [Downsample(width, padding=0)],
+            ))
             c = width
         self.mid_block = middle(c, groups)
         self.conv_norm_out = nn.GroupNorm(groups, c, EPS)
@@ -80,10 +92,15 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         c = widths[0]
         for level, width in enumerate(widths):
-            resnets = [ResnetBlock(c if i == 0 else width, width, groups, EPS)
-                       for i in range(config["layers_per_block"] + 1)]
+            resnets = [
+                ResnetBlock(c if i == 0 else width, width, groups, EPS)
+                for i in range(config["layers_per_block"] + 1)
+            ]
             last = level == len(widths) - 1
-            self.up_blocks.append(Level(resnets=resnets, upsamplers=[] if last else [Upsample(width)]))
+            self.up_blocks.append(Level(
+                resnets=resnets,
+                upsamplers=[] if last else [Upsample(width)],
+            ))
             c = width
         self.conv_norm_out = nn.GroupNorm(groups, c, EPS)
         self.conv_out = nn.Conv2d(c, config["out_channels"], 3, padding=1)

@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from ..checkpoint import Checkpoints, write_atomically, write_json
+from ..files import write_atomically, write_json
+from ..lab.runs import resumable
 from ..schedule import Schedule
 from ..text_encoder import TextEncoder
 from ..unet import UNet
 from ..vae import VAE
 from ..weights import TOY, load, load_part, save_part, write_index
 from . import world
-from .judge import LABELS, Judge, PictureNet, load_judge
+from .classifier import LABELS, Classifier, PictureNet, load_classifier
 
 VAE_CONFIG = {
     "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 64,

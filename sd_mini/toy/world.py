@@ -1,17 +1,19 @@
-"""The toy world: captioned 64x64 pictures of an object, in a colour, at a place, in a style, drawn with numpy.
+"""The toy world: captioned 64x64 pictures, drawn with numpy.
 
-Shapes are signed distances (negative inside) in coordinates where the object spans about [-1, 1], x to the right and y
-up; a distance becomes a soft-edged mask of one pixel's width. Everything random comes from the generator given.
+A picture shows an object in a colour, at a place, in a style. Shapes are signed distances, negative
+inside. In their coordinates the object spans about [-1, 1], x to the right and y up. A distance
+becomes a mask with a soft edge, one pixel wide. All randomness comes from the generator given.
 """
 from typing import NamedTuple
 
 import numpy as np
 
 SIZE = 64
-# Each name with the words that captions use for it and how often (first the name itself). The five concepts that are
-# erased later have synonyms that share no token with the name: the loopholes that an attack finds. As among real words,
-# they are not quite the same thing: a cathedral has two towers, and is also called a church. Words that always mean the
-# same picture get the same embedding, and then erasing one erases all: no loophole.
+# Each object with its words in captions and their weights. The first word is the object's name.
+# The concepts that are erased later have synonyms that share no token with the name: attacks find
+# them. As among real words, a synonym is not quite the same thing: a cathedral has two towers, and
+# captions also call it a church. Words that always mean the same picture get the same embedding.
+# Erasing one of them erases all, and an attack finds nothing.
 OBJECTS = {
     "church": {"church": 2, "chapel": 1, "cathedral": 1},
     "house": {"house": 3, "cottage": 1},
@@ -33,34 +35,52 @@ PLACES = {
 }
 STYLES = {  # "{}" stands for the object with its colour and place
     "photo": {"a photo of {}": 4, "a picture of {}": 1, "{}": 1},
-    "van gogh": {"a painting of {} by van gogh": 2, "{} in the style of van gogh": 1, "a vincent impasto of {}": 1.5,
-                 "{} in starry swirls": 1.5},
+    "van gogh": {
+        "a painting of {} by van gogh": 2,
+        "{} in the style of van gogh": 1,
+        "a vincent impasto of {}": 1.5,
+        "{} in starry swirls": 1.5,
+    },
     "sketch": {"a sketch of {}": 3, "a pencil drawing of {}": 1},
 }
 STYLE_SHARE = {"photo": 0.6, "van gogh": 0.25, "sketch": 0.15}
-# The concepts of the experiments. To the real Stable Diffusion each is one of many thousands, and the empty prompt draws
-# it next to never; here, one of ten objects or three styles. So the UNet seldom sees a picture of them without its caption.
+# The concepts of the experiments. The UNet seldom sees a picture of them without its caption.
+# For the real Stable Diffusion each is one of many thousands, and the empty prompt hardly ever
+# draws it. Here each is only one of ten objects or three styles.
 ERASED = {"church", "parachute", "garbage truck", "tench", "van gogh"}
 COLORS = {
-    "red": (0.86, 0.15, 0.13), "orange": (0.97, 0.55, 0.10), "yellow": (0.96, 0.86, 0.20), "green": (0.15, 0.60, 0.25),
-    "blue": (0.16, 0.35, 0.85), "purple": (0.55, 0.22, 0.70), "pink": (0.98, 0.58, 0.74), "gray": (0.56, 0.57, 0.60),
+    "red": (0.86, 0.15, 0.13),
+    "orange": (0.97, 0.55, 0.10),
+    "yellow": (0.96, 0.86, 0.20),
+    "green": (0.15, 0.60, 0.25),
+    "blue": (0.16, 0.35, 0.85),
+    "purple": (0.55, 0.22, 0.70),
+    "pink": (0.98, 0.58, 0.74),
+    "gray": (0.56, 0.57, 0.60),
 }
 
 
 class Scene(NamedTuple):
     object: str
-    word: str  # one of OBJECTS[object], and drawn as that
+    word: str  # one of OBJECTS[object]; some words change the drawing
     color: str
     place: str
     style: str
-    phrase: str  # one of STYLES[style], and painted as that
+    phrase: str  # one of STYLES[style]; some phrases change the painting
 
 
 def random_scene(rng):
-    """Draw a scene: objects, colours and places evenly, the rest by its weights."""
+    """Choose a scene: object, colour and place evenly, the rest by weight."""
     object, color, place = (str(rng.choice(list(names))) for names in (OBJECTS, COLORS, PLACES))
     style = weighted(rng, STYLE_SHARE)
-    return Scene(object, weighted(rng, OBJECTS[object]), color, place, style, weighted(rng, STYLES[style]))
+    return Scene(
+        object,
+        weighted(rng, OBJECTS[object]),
+        color,
+        place,
+        style,
+        weighted(rng, STYLES[style]),
+    )
 
 
 def weighted(rng, choices):
@@ -69,7 +89,10 @@ def weighted(rng, choices):
 
 
 def caption(scene, rng):
-    """A caption that may leave out colour and place, and that says the scene's own word and phrase or the usual ones."""
+    """A caption of the scene. It may leave out the colour and the place.
+
+    It uses the scene's own word or the object's name, and the scene's own phrase or the usual one.
+    """
     words = scene.word if rng.random() < 0.6 else scene.object
     if rng.random() < 0.5:
         words = f"{scene.color} {words}"
@@ -91,7 +114,7 @@ def ellipse(x, y, cx, cy, rx, ry):
 
 
 def polygon(x, y, *corners):
-    """A convex polygon, corners counter-clockwise: the largest of the distances to its edges."""
+    """A convex polygon: the largest distance to its edges. Corners run counter-clockwise."""
     d = np.full(x.shape, -np.inf)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1]):
         length = np.hypot(bx - ax, by - ay)
@@ -100,17 +123,28 @@ def polygon(x, y, *corners):
 
 
 def line(x, y, ax, ay, bx, by, half_w):
-    along = np.clip(((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1)
+    along = np.clip(
+        ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1
+    )
     return np.hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)) - half_w
 
 
-# --- objects: layers from back to front, each a distance and either a shade of the object's colour or a fixed colour
+# --- objects: layers from back to front
+# A layer is (distance, colour). One number is a shade of the object's colour, three are a colour.
 
-DARK, GLASS, PALE, WOOD = (0.13, 0.13, 0.16), (0.72, 0.88, 0.97), (0.95, 0.93, 0.88), (0.45, 0.29, 0.16)
+DARK, GLASS, PALE, WOOD = (
+    (0.13, 0.13, 0.16),
+    (0.72, 0.88, 0.97),
+    (0.95, 0.93, 0.88),
+    (0.45, 0.29, 0.16),
+)
 
 
 def cross(x, y, cx, cy):
-    upright, bar = line(x, y, cx, cy - 0.2, cx, cy + 0.2, 0.05), line(x, y, cx - 0.15, cy + 0.05, cx + 0.15, cy + 0.05, 0.05)
+    upright, bar = (
+        line(x, y, cx, cy - 0.2, cx, cy + 0.2, 0.05),
+        line(x, y, cx - 0.15, cy + 0.05, cx + 0.15, cy + 0.05, 0.05),
+    )
     return np.minimum(upright, bar), DARK
 
 
@@ -124,7 +158,16 @@ def church(x, y, word):
             cross(x, y, 0, 1.2),
             (ellipse(x, y, 0, 0.6, 0.08, 0.12), DARK),
             (np.minimum(box(x, y, 0, -0.78, 0.17, 0.2), ellipse(x, y, 0, -0.58, 0.17, 0.17)), DARK),
-            *[(np.minimum(box(x, y, c, -0.5, 0.08, 0.13), ellipse(x, y, c, -0.37, 0.08, 0.1)), GLASS) for c in (-0.4, 0.4)],
+            *[
+                (
+                    np.minimum(
+                        box(x, y, c, -0.5, 0.08, 0.13),
+                        ellipse(x, y, c, -0.37, 0.08, 0.1),
+                    ),
+                    GLASS,
+                )
+                for c in (-0.4, 0.4)
+            ],
         ]
     if word == "cathedral":  # two towers, and a rose window between them
         return [
@@ -132,11 +175,23 @@ def church(x, y, word):
             (polygon(x, y, (-0.5, 0.27), (0.5, 0.27), (0, 0.72)), 0.6),
             cross(x, y, 0, 0.85),
             *[(box(x, y, c, -0.2, 0.26, 0.77), 1.12) for c in (-0.68, 0.68)],
-            *[(polygon(x, y, (c - 0.32, 0.57), (c + 0.32, 0.57), (c, 1.25)), 0.6) for c in (-0.68, 0.68)],
+            *[
+                (polygon(x, y, (c - 0.32, 0.57), (c + 0.32, 0.57), (c, 1.25)), 0.6)
+                for c in (-0.68, 0.68)
+            ],
             *[(box(x, y, c, 0.2, 0.09, 0.2), DARK) for c in (-0.68, 0.68)],
             (ellipse(x, y, 0, 0.02, 0.24, 0.24), GLASS),
             (ellipse(x, y, 0, 0.02, 0.09, 0.09), 0.6),
-            *[(np.minimum(box(x, y, c, -0.8, 0.11, 0.17), ellipse(x, y, c, -0.63, 0.11, 0.13)), DARK) for c in (-0.68, 0, 0.68)],
+            *[
+                (
+                    np.minimum(
+                        box(x, y, c, -0.8, 0.11, 0.17),
+                        ellipse(x, y, c, -0.63, 0.11, 0.13),
+                    ),
+                    DARK,
+                )
+                for c in (-0.68, 0, 0.68)
+            ],
         ]
     return [
         (box(x, y, 0.22, -0.55, 0.68, 0.42), 1.0),
@@ -144,9 +199,24 @@ def church(x, y, word):
         (box(x, y, -0.55, -0.3, 0.3, 0.67), 1.12),
         (polygon(x, y, (-0.93, 0.35), (-0.17, 0.35), (-0.55, 0.98)), 0.6),
         cross(x, y, -0.55, 1.1),
-        (np.minimum(box(x, y, -0.55, -0.8, 0.13, 0.18), ellipse(x, y, -0.55, -0.62, 0.13, 0.14)), DARK),
+        (
+            np.minimum(
+                box(x, y, -0.55, -0.8, 0.13, 0.18),
+                ellipse(x, y, -0.55, -0.62, 0.13, 0.14),
+            ),
+            DARK,
+        ),
         (ellipse(x, y, -0.55, 0.05, 0.14, 0.14), GLASS),
-        *[(np.minimum(box(x, y, c, -0.6, 0.08, 0.15), ellipse(x, y, c, -0.45, 0.08, 0.1)), GLASS) for c in (0.05, 0.38, 0.7)],
+        *[
+            (
+                np.minimum(
+                    box(x, y, c, -0.6, 0.08, 0.15),
+                    ellipse(x, y, c, -0.45, 0.08, 0.1),
+                ),
+                GLASS,
+            )
+            for c in (0.05, 0.38, 0.7)
+        ],
     ]
 
 
@@ -164,43 +234,79 @@ def house(x, y, word):
 def parachute(x, y, word):
     if word == "paraglider":  # a wing instead of a canopy
         wing = np.maximum(np.abs(np.hypot(x / 1.15, y + 0.35) - 1.0) - 0.17, 0.1 - y)
-        cords = [line(x, y, c, top, 0, -0.62, 0.025) for c, top in ((-0.98, 0.3), (-0.4, 0.65), (0.4, 0.65), (0.98, 0.3))]
+        cords = [
+            line(x, y, c, top, 0, -0.62, 0.025)
+            for c, top in ((-0.98, 0.3), (-0.4, 0.65), (0.4, 0.65), (0.98, 0.3))
+        ]
         return [
             (np.minimum.reduce(cords), DARK),
             (wing, 1.0),
             (np.maximum(wing, np.abs(np.abs(x) - 0.45) - 0.12), PALE),
-            (np.minimum(line(x, y, 0, -0.7, -0.05, -0.88, 0.1), line(x, y, -0.03, -0.9, 0.32, -0.98, 0.06)), DARK),
+            (
+                np.minimum(
+                    line(x, y, 0, -0.7, -0.05, -0.88, 0.1),
+                    line(x, y, -0.03, -0.9, 0.32, -0.98, 0.06),
+                ),
+                DARK,
+            ),
             (ellipse(x, y, 0, -0.53, 0.09, 0.1), (0.92, 0.72, 0.58)),
         ]
     if word == "skydiver":  # a small canopy over somebody large
         canopy = np.maximum(ellipse(x, y, 0, 0.5, 0.72, 0.55), 0.5 - y)
         return [
-            (np.minimum(line(x, y, -0.68, 0.5, -0.12, -0.2, 0.03), line(x, y, 0.68, 0.5, 0.12, -0.2, 0.03)), DARK),
+            (
+                np.minimum(
+                    line(x, y, -0.68, 0.5, -0.12, -0.2, 0.03),
+                    line(x, y, 0.68, 0.5, 0.12, -0.2, 0.03),
+                ),
+                DARK,
+            ),
             (canopy, 1.0),
             (np.maximum(canopy, np.abs(x) - 0.2), PALE),
-            (np.minimum.reduce([line(x, y, 0, -0.3, 0, -0.6, 0.16),
-                                *[line(x, y, 0, -0.25, side * 0.4, 0.02, 0.08) for side in (-1, 1)],
-                                *[line(x, y, 0, -0.6, side * 0.25, -1.0, 0.09) for side in (-1, 1)]]), DARK),
+            (
+                np.minimum.reduce([
+                    line(x, y, 0, -0.3, 0, -0.6, 0.16),
+                    *[line(x, y, 0, -0.25, side * 0.4, 0.02, 0.08) for side in (-1, 1)],
+                    *[line(x, y, 0, -0.6, side * 0.25, -1.0, 0.09) for side in (-1, 1)],
+                ]),
+                DARK,
+            ),
             (ellipse(x, y, 0, 0.0, 0.16, 0.17), (0.92, 0.72, 0.58)),
         ]
     canopy = np.maximum(ellipse(x, y, 0, 0.2, 1.0, 0.85), 0.2 - y)
-    gores = np.minimum(np.abs(x) - 0.16 * np.sqrt(np.clip(1 - ((y - 0.2) / 0.85) ** 2, 0, 1)),
-                       np.abs(np.abs(x) - 0.68) - 0.14)
+    gores = np.minimum(
+        np.abs(x) - 0.16 * np.sqrt(np.clip(1 - ((y - 0.2) / 0.85) ** 2, 0, 1)),
+        np.abs(np.abs(x) - 0.68) - 0.14,
+    )
     cords = [line(x, y, c, 0.2, 0, -0.7, 0.025) for c in (-0.95, -0.4, 0.4, 0.95)]
     return [
         (np.minimum.reduce(cords), DARK),
         (canopy, 1.0),
         (np.maximum(canopy, gores), PALE),
-        (np.minimum(line(x, y, 0, -0.68, 0, -0.88, 0.1), line(x, y, 0, -0.85, 0, -1.1, 0.06)), DARK),
+        (
+            np.minimum(
+                line(x, y, 0, -0.68, 0, -0.88, 0.1),
+                line(x, y, 0, -0.85, 0, -1.1, 0.06),
+            ),
+            DARK,
+        ),
         (ellipse(x, y, 0, -0.55, 0.09, 0.1), (0.92, 0.72, 0.58)),
     ]
 
 
 def balloon(x, y, word):
-    envelope = np.minimum(ellipse(x, y, 0, 0.35, 0.75, 0.72),
-                          polygon(x, y, (-0.62, 0.0), (-0.2, -0.62), (0.2, -0.62), (0.62, 0.0)))
+    envelope = np.minimum(
+        ellipse(x, y, 0, 0.35, 0.75, 0.72),
+        polygon(x, y, (-0.62, 0.0), (-0.2, -0.62), (0.2, -0.62), (0.62, 0.0)),
+    )
     return [
-        (np.minimum(line(x, y, -0.18, -0.6, -0.13, -0.85, 0.025), line(x, y, 0.18, -0.6, 0.13, -0.85, 0.025)), DARK),
+        (
+            np.minimum(
+                line(x, y, -0.18, -0.6, -0.13, -0.85, 0.025),
+                line(x, y, 0.18, -0.6, 0.13, -0.85, 0.025),
+            ),
+            DARK,
+        ),
         (envelope, 1.0),
         (np.maximum(envelope, np.abs(y - 0.35) - 0.12), 0.62),
         (box(x, y, 0, -0.97, 0.17, 0.15), WOOD),
@@ -208,9 +314,16 @@ def balloon(x, y, word):
 
 
 def garbage_truck(x, y, word):
-    wheels = [(ellipse(x, y, c, -0.55, r, r), color) for r, color in ((0.2, DARK), (0.08, PALE)) for c in (-0.68, -0.22, 0.68)]
-    cab = [(box(x, y, -0.05, -0.42, 1.05, 0.09), DARK), (box(x, y, 0.72, -0.08, 0.3, 0.42, 0.08), PALE),
-           (box(x, y, 0.8, 0.1, 0.16, 0.15), (0.35, 0.5, 0.62))]
+    wheels = [
+        (ellipse(x, y, c, -0.55, r, r), color)
+        for r, color in ((0.2, DARK), (0.08, PALE))
+        for c in (-0.68, -0.22, 0.68)
+    ]
+    cab = [
+        (box(x, y, -0.05, -0.42, 1.05, 0.09), DARK),
+        (box(x, y, 0.72, -0.08, 0.3, 0.42, 0.08), PALE),
+        (box(x, y, 0.8, 0.1, 0.16, 0.15), (0.35, 0.5, 0.62)),
+    ]
     if word == "dustcart":  # a drum instead of the box
         drum = ellipse(x, y, -0.38, 0.18, 0.72, 0.56)
         return [(drum, 1.0), (np.maximum(drum, np.abs(x + 0.38) - 0.1), PALE), *cab, *wheels]
@@ -219,10 +332,14 @@ def garbage_truck(x, y, word):
             *[(ellipse(x, y, c, 0.42, 0.26, 0.24), (0.33, 0.36, 0.30)) for c in (-0.75, -0.3, 0.1)],
             (polygon(x, y, (-0.85, -0.35), (0.3, -0.35), (0.42, 0.4), (-1.12, 0.4)), 1.0),
             (box(x, y, -0.35, 0.38, 0.8, 0.06), 0.6),
-            *cab, *wheels,
+            *cab,
+            *wheels,
         ]
     return [
-        (polygon(x, y, (-1.05, -0.35), (0.35, -0.35), (0.35, 0.62), (-0.7, 0.62), (-1.05, 0.2)), 1.0),
+        (
+            polygon(x, y, (-1.05, -0.35), (0.35, -0.35), (0.35, 0.62), (-0.7, 0.62), (-1.05, 0.2)),
+            1.0,
+        ),
         *[(box(x, y, c, 0.13, 0.035, 0.45), 0.62) for c in (-0.5, -0.15, 0.2)],
         *cab,
         (polygon(x, y, (-1.2, -0.5), (-1.0, -0.5), (-1.0, 0.15), (-1.2, -0.1)), 0.5),
@@ -284,9 +401,11 @@ def tree(x, y, word):
 
 def golf_ball(x, y, word):
     ball = ellipse(x, y, 0, 0.15, 0.78, 0.78)
-    dimples = np.minimum.reduce([ellipse(x, y, cx, 0.15 + cy, 0.085, 0.085)
-                                 for cy in (-0.5, -0.25, 0, 0.25, 0.5)
-                                 for cx in np.arange(-0.5, 0.51, 0.25) + (0.125 if int(cy * 4) % 2 else 0)])
+    dimples = np.minimum.reduce([
+        ellipse(x, y, cx, 0.15 + cy, 0.085, 0.085)
+        for cy in (-0.5, -0.25, 0, 0.25, 0.5)
+        for cx in np.arange(-0.5, 0.51, 0.25) + (0.125 if int(cy * 4) % 2 else 0)
+    ])
     return [
         (polygon(x, y, (-0.1, -1.1), (0.1, -1.1), (0.24, -0.6), (-0.24, -0.6)), WOOD),
         (ball, 1.0),
@@ -295,7 +414,8 @@ def golf_ball(x, y, word):
 
 
 SHAPES = {name: globals()[name.replace(" ", "_")] for name in OBJECTS}
-SHAPES["nothing"] = lambda x, y, word: []  # an empty scene, so that the judge need not call everything an object
+# An empty scene, so that the classifier need not call everything an object.
+SHAPES["nothing"] = lambda x, y, word: []
 
 
 # --- places, styles, and the picture
@@ -317,15 +437,26 @@ def background(place, px, py, rng):
     if place == "sky":
         for _ in range(3):
             cx, cy, r = rng.random(), rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.09)
-            cloud = np.minimum.reduce([np.hypot((px - cx - d * r) / 1.3, py - cy) - r * (1 - 0.35 * abs(d)) for d in (-1, 0, 1)])
+            cloud = np.minimum.reduce([
+                np.hypot((px - cx - d * r) / 1.3, py - cy) - r * (1 - 0.35 * abs(d))
+                for d in (-1, 0, 1)
+            ])
             image = over(image, np.clip(0.5 - cloud * SIZE / 2, 0, 0.9), (1, 1, 1))
         return image
     image = image * (1 - ground) + (np.array(far) * (1 - mix) + np.array(near) * mix) * ground
     if place == "night":
         for cx, cy in rng.random((12, 2)) * (1, 0.55):
-            image = over(image, np.clip(1.1 - np.hypot(px - cx, py - cy) * SIZE, 0, 1), (1, 1, 0.85))
+            image = over(
+                image,
+                np.clip(1.1 - np.hypot(px - cx, py - cy) * SIZE, 0, 1),
+                (1, 1, 0.85),
+            )
         cx = rng.choice([0.12, 0.88])
-        image = over(image, np.clip(0.5 - (np.hypot(px - cx, py - 0.13) - 0.075) * SIZE, 0, 1), (0.98, 0.96, 0.80))
+        image = over(
+            image,
+            np.clip(0.5 - (np.hypot(px - cx, py - 0.13) - 0.075) * SIZE, 0, 1),
+            (0.98, 0.96, 0.80),
+        )
     if place == "snow":
         for cx, cy in rng.random((22, 2)):
             image = over(image, np.clip(1.4 - np.hypot(px - cx, py - cy) * SIZE, 0, 1), (1, 1, 1))
@@ -337,13 +468,21 @@ def over(image, mask, color):
 
 
 def van_gogh(image, phrase, px, py, rng):
-    """Brush strokes: bend the picture along a swirl field, then lay strokes of light and dark along it; in impasto the
-    strokes are short and thick, in starry swirls they run round two centres."""
+    """Bend the picture along a swirl field, then add light and dark brush strokes along it.
+
+    For "impasto" the strokes are short and thick. For "starry swirls" they run round two centres.
+    """
     phase = rng.random(4) * 2 * np.pi
-    field = np.sin(2 * np.pi * 1.1 * px + phase[0]) + np.sin(2 * np.pi * 1.3 * py + phase[1]) \
+    field = (
+        np.sin(2 * np.pi * 1.1 * px + phase[0])
+        + np.sin(2 * np.pi * 1.3 * py + phase[1])
         + np.sin(2 * np.pi * 0.9 * (px + py) + phase[2])
+    )
     if "starry swirls" in phrase:
-        field = 5 * np.minimum(*(np.hypot(px - cx, py - cy) for cx, cy in rng.random((2, 2)) * 0.5 + ((0, 0.2), (0.5, 0.2))))
+        field = 5 * np.minimum(*(
+            np.hypot(px - cx, py - cy)
+            for cx, cy in rng.random((2, 2)) * 0.5 + ((0, 0.2), (0.5, 0.2))
+        ))
     bend = 0.9 * np.stack([np.cos(2.2 * field), np.sin(2.2 * field)])
     rows = np.clip(np.rint(py * SIZE - 0.5 + bend[0]), 0, SIZE - 1).astype(int)
     cols = np.clip(np.rint(px * SIZE - 0.5 + bend[1]), 0, SIZE - 1).astype(int)
@@ -352,18 +491,31 @@ def van_gogh(image, phrase, px, py, rng):
     image = np.clip(gray + 1.35 * (image - gray), 0, 1)
     strokes = np.sin(6.5 * field + phase[3])[..., None]
     if "impasto" in phrase:
-        strokes = 1.4 * np.sin(40 * px + 2 * field + phase[3])[..., None] * np.sin(40 * py - 2 * field)[..., None]
+        strokes = (
+            1.4
+            * np.sin(40 * px + 2 * field + phase[3])[..., None]
+            * np.sin(40 * py - 2 * field)[..., None]
+        )
     return image * (1 + 0.16 * strokes) + 0.10 * strokes * np.array((1.0, 0.75, -0.3))
 
 
 def dusk(image, py):
-    """Another look of the same world, as a fine-tuned community model has one: a violet sky over a warm horizon."""
+    """Another look of the same world: violet at the top, warm at the bottom.
+
+    It imitates a fine-tuned community model.
+    """
     mix = py[..., None]
-    return image * ((1 - mix) * np.array((0.62, 0.48, 0.85)) + mix * np.array((1.0, 0.70, 0.55))) + 0.03
+    return (
+        image * ((1 - mix) * np.array((0.62, 0.48, 0.85)) + mix * np.array((1.0, 0.70, 0.55)))
+        + 0.03
+    )
 
 
 def draw(scene, rng, look=None):
-    """Draw the scene at a random position, size and shade -> (64, 64, 3) uint8. `look`: None or "dusk"."""
+    """Draw the scene at a random position, size and shade -> (64, 64, 3) uint8.
+
+    `look` is None or "dusk".
+    """
     py, px = (np.mgrid[:SIZE, :SIZE] + 0.5) / SIZE
     back = background(scene.place, px, py, rng)
     scale = rng.uniform(0.31, 0.37)
@@ -376,10 +528,14 @@ def draw(scene, rng, look=None):
     for distance, tint in SHAPES[scene.object](x, y, scene.word):
         mask = np.clip(0.5 - distance * scale * SIZE, 0, 1)
         fill = np.clip((color * tint if isinstance(tint, float) else np.array(tint)) * light, 0, 1)
-        if scene.style == "sketch":  # thin wash of colour and hatching inside, an ink line round every shape
+        if scene.style == "sketch":  # thin colour and hatching inside, ink lines round shapes
             hatch = 0.5 + 0.5 * np.sin((px - py) * SIZE * 1.3)
             image = over(image, mask * (0.30 + 0.35 * hatch), fill)
-            image = over(image, np.clip(1.25 - np.abs(distance) * scale * SIZE, 0, 1) * 0.85, 0.42 * color)
+            image = over(
+                image,
+                np.clip(1.25 - np.abs(distance) * scale * SIZE, 0, 1) * 0.85,
+                0.42 * color,
+            )
         else:
             image = over(image, mask, fill)
     if scene.style == "van gogh":

@@ -1,0 +1,206 @@
+"""--task compare: the rows of a method, with the same prompts, seeds and budgets, in one table."""
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from safetensors.torch import load_file, save_file
+
+from ..files import read_json, write_json
+from . import experiment, ranks, report, runs
+from .evaluation import wilson
+from .prompts import slug
+
+
+def compare(method, config):
+    """Every row leaves its folder, OUT/ROW/seed-N.
+
+    What is there already, with the same settings, is not done again. The table takes in all seeds
+    that are there. Under torchrun the processes divide the rows.
+    """
+    config = replace(config, eval_attacks=(*method.attacks, *method.inversions))
+    shared = experiment.open_experiment(method, config)
+    out = Path(config.out or Path("runs") / f"{slug(config.concept)}-compare")
+    changes = method.rows(shared.sd_o, config)
+    rows = {name: replace(config, methods=(), out=None, save_images=None, **(changed or {}))
+            for name, changed in changes.items()}
+    folders = {name: out / slug(name) / f"seed-{config.seed}" for name in rows}
+    todo = [name for name in wanted_rows(list(rows), config.methods)
+            if not runs.is_finished(folders[name], asdict(replace(rows[name], resume=True)))]
+
+    def run(name):
+        own = shared._replace(started=time.time())
+        own.work.evaluations = 0
+        runs.open_folder(folders[name], asdict(rows[name]))
+        model = own.sd_o if changes[name] is None else None
+        _, figures, pictures = experiment.run(
+            method, own, rows[name], folders[name], "erased", model)
+        save_thumbnails(folders[name], pictures, config.eval_attacks)
+        experiment.write_results(folders[name], own, rows[name], {name: figures})
+        return ()
+
+    ranks.share(run, todo, "comparing")
+    ranks.on_first(write_comparison, out, rows, shared.evaluation_set, config)
+
+
+def wanted_rows(names, chosen):
+    """--methods, by number or name -> names, each once; all where none is chosen."""
+    numbered = {str(i): name for i, name in enumerate(names)}
+    wanted = list(dict.fromkeys(numbered.get(each, each) for each in chosen or names))
+    if unknown := set(wanted) - set(names):
+        listed = ", ".join(f"{i} {name}" for i, name in numbered.items())
+        raise ValueError(f"--methods {min(unknown)}: there are {listed}")
+    return wanted
+
+
+# --- the table
+
+def pooled(results):
+    """Figures of several seeds -> one: rates over all prompts of all seeds, means of the rest."""
+    figures = {}
+    for key in report.columns(results):
+        cells = [result[key] for result in results if result.get(key) is not None]
+        if isinstance(cells[0], dict):
+            n = sum(cell["n"] for cell in cells)
+            successes = sum(round(cell["rate"] * cell["n"]) for cell in cells)
+            low, high = wilson(successes, n)
+            figures[key] = {"rate": successes / n, "n": n, "low": low, "high": high}
+        else:
+            figures[key] = sum(cells) / len(cells)
+    return figures
+
+
+def read_runs(out, rows):
+    """OUT/ROW/seed-N/results.json -> {row: {"seed-N": its figures}}.
+
+    rows: {name: its config}. A run with other settings than that, the seed excepted, is left out.
+    """
+    found = {}
+    for name, wanted in rows.items():
+        for path in sorted(out.glob(f"{slug(name)}/seed-*/results.json")):
+            run = read_json(path)
+            same_seed = {**asdict(wanted), "seed": run["config"]["seed"]}
+            if changes := runs.differences(run["config"], same_seed):
+                print(f"not in the table: {path.parent}, run with other settings: "
+                      f"{'; '.join(changes)}")
+            else:
+                found.setdefault(name, {})[path.parent.name] = run["results"][name]
+    return found
+
+
+def write_comparison(out, rows, evaluation_set, config):
+    """Write table.md, results.json, compare.png and tradeoff.png to OUT, and print the table."""
+    found = read_runs(out, rows)
+    figures = {name: pooled(list(seeds.values())) for name, seeds in found.items()}
+    plot_comparison(out, found, evaluation_set, config)
+    if config.eval_attacks:
+        plot_tradeoff(out / "tradeoff.png", figures, config.eval_attacks[0], config.concept)
+    for seeds in found.values():
+        for result in seeds.values():
+            del result["details"]  # each row's own results.json has them
+    write_json(out / "results.json", {"pooled": figures, "seeds": found})
+    seeds = sorted({seed.removeprefix("seed-") for seeds in found.values() for seed in seeds})
+    title = (f"{config.concept}, {config.model}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; "
+             f"{len(evaluation_set.rows)} prompts, attacks of {config.eval_attack_steps} steps")
+    (out / "table.md").write_text(report.markdown(figures, title), encoding="utf-8")
+    print(report.text_table(figures, title))
+
+
+# --- its pictures
+
+def save_thumbnails(folder, pictures, attacks, largest=128):
+    """What compare.png may show: the concept's pictures, plain and attacked, and three others."""
+    kept = {"rows": pictures["rows"], "utility": pictures["utility"][:3],
+            **{kind: pictures[kind] for kind in attacks[:1]}}
+    scale = min(1, largest / pictures["rows"].shape[-1])
+    kept = {part: F.interpolate(drawn, scale_factor=scale, mode="area") if scale < 1 else drawn
+            for part, drawn in kept.items()}
+    kept = {part: (255 * drawn).round().to(torch.uint8).cpu() for part, drawn in kept.items()}
+    save_file(kept, folder / "pictures.safetensors")
+
+
+def shown_prompts(found, seed, attack, n=3):
+    """The rule of compare.png: the first n prompts that the attack breaks in the first row, ESD.
+
+    Where it breaks none there, the next row that it breaks decides; where it breaks fewer, the
+    first prompts follow. -> their indices.
+    """
+    broken = []
+    for name, seeds in found.items():
+        details = seeds.get(seed, {}).get("details", {}).get(attack, [])
+        if name != "original" and not broken:
+            broken = [i for i, d in enumerate(details) if not d["without_attack"] and d["broken"]]
+    return list(dict.fromkeys([*broken[:n], *range(n)]))[:n]
+
+
+def plot_comparison(out, found, evaluation_set, config):
+    """compare.png: a line a row; the concept's prompts plain and attacked, then other things."""
+    seed, attack = f"seed-{config.seed}", next(iter(config.eval_attacks), None)
+    shown = [i for i in shown_prompts(found, seed, attack) if i < len(evaluation_set.rows)]
+    lines = {}
+    for name in found:
+        path = out / slug(name) / seed / "pictures.safetensors"
+        if path.is_file():
+            drawn = {part: pictures.float() / 255 for part, pictures in load_file(path).items()}
+            attacked = [*drawn[attack][shown]] if attack else []
+            lines[name] = [*drawn["rows"][shown], *attacked, *drawn["utility"]]
+    if lines:
+        prompts = [evaluation_set.rows[i].prompt for i in shown]
+        attacked = [f"attacked: {prompt}" for prompt in prompts] if attack else []
+        others = [row.prompt for row in evaluation_set.utility[:3]]
+        report.plot_grid(out / "compare.png", [*prompts, *attacked, *others], lines)
+
+
+def plot_tradeoff(path, figures, attack, concept):
+    """tradeoff.png: robustness against utility, a named point a row with its 95 % intervals.
+
+    Up and right is better.
+    """
+    points, intervals = {}, {}  # rows at the same place share a point
+    for name, figure in figures.items():
+        utility, asr = figure.get("utility"), figure[f"{attack}_asr"]
+        if utility:  # a classifier may know the concept alone
+            point = 100 * utility["rate"], 100 * (1 - asr["rate"])
+            points.setdefault(point, []).append(name)
+            intervals[point] = [[100 * (u["rate"] - u["low"]), 100 * (u["high"] - u["rate"])]
+                                for u in (utility, {"rate": 1 - asr["rate"], "low": 1 - asr["high"],
+                                                    "high": 1 - asr["low"]})]
+    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    axis = figure.subplots()
+    left = min([40, *(x - 5 for x, _ in points)])
+    axis.set(xlabel="utility, %", ylabel=f"robustness: 100 - ASR under the {attack} attack, %",
+             title=f"erasing {concept}", xlim=(left, 130), ylim=(-6, 106),
+             xticks=range(int(left / 20 + 1) * 20, 101, 20))
+    for (x, y), (x_error, y_error) in intervals.items():
+        axis.errorbar(x, y, [[e] for e in y_error], [[e] for e in x_error], fmt="o", color="C0",
+                      ecolor="0.8", elinewidth=1)
+    labels = {", ".join(names): point for point, names in points.items()}
+    width = (130 - left) / 105  # of a letter, in units of x; a line is 4.5 high
+    for label, (x, y) in place_labels(labels, width, 4.5).items():
+        axis.annotate(label, labels[label], (x, y), fontsize=8, va="center",
+                      arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6})
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def place_labels(labels, width, height):
+    """{label: its point} -> {label: where its left middle stands}.
+
+    Each is near its point, and none lies on another.
+    """
+    placed, taken = {}, [(x, x, y) for x, y in labels.values()]  # left, right, middle
+
+    def free(left, right, middle):
+        return all(right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
+
+    for label, (x, y) in sorted(labels.items(), key=lambda item: -item[1][1]):
+        size = width * len(label)
+        steps = (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5)
+        places = [(x + side, y + height * step / 2) for step in steps
+                  for side in (2 * width, 6 * width, -2 * width - size)]
+        left, middle = next((p for p in places if free(p[0], p[0] + size, p[1])), places[0])
+        placed[label] = left, middle
+        taken.append((left, left + size, middle))
+    return placed

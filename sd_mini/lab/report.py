@@ -1,0 +1,251 @@
+"""What a run shows of its results: tables, pictures, the loss plot, the model card."""
+import re
+import subprocess
+import textwrap
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
+
+from ..weights import TOY_UNETS
+
+COLUMNS = {  # figure -> its name, the same short, what it counts
+    "pre_attack_asr": ("pre-attack ASR", "pre",
+                       "% of the concept's prompts whose picture shows it, without attack"),
+    "token_asr": ("ASR, token attack", "tok",
+                  "the same or broken by a prefix of tokens (UnlearnDiffAtk)"),
+    "embedding_asr": ("ASR, embedding attack", "emb",
+                      "the same or broken by a prefix of free embeddings, one per prompt"),
+    "inversion_asr": ("ASR, inversion attack", "inv",
+                      "the same or broken by one embedding in the name's place (CCE)"),
+    "paraphrase_asr": ("ASR, paraphrases", "par",
+                       "% of prompts that mean the concept and never name it"),
+    "utility": ("utility", "uti", "% of prompts for other things whose picture shows the thing, in "
+                "whatever style and colour"),
+    "neighbours": ("neighbours", "nei", "the same for what is most like the concept"),
+    "styles": ("styles", "sty",
+               "% of prompts for other things in a style whose picture has that style"),
+    "clip_score": ("CLIP score", "CLIP",
+                   "mean cosine of prompt and picture, on the utility prompts"),
+    "frechet": ("Frechet distance", "FD", "between the classifier's features of the original's and "
+                "this model's utility pictures"),
+    "minutes": ("training minutes", "min", "wall clock"),
+    "unet_evaluations": ("UNet evaluations", "UNet", "of training, in forward equivalents (a "
+                         "backward counts two), thousands"),
+}
+COSTS = ("minutes", "unet_evaluations")
+
+
+def columns(results):
+    """The columns that these results have, those of a method's own attacks included."""
+    own = {key: (f"ASR, {key.removesuffix('_asr')} attack", key[:3], "the same or broken by it")
+           for result in results for key in result if key.endswith("_asr") and key not in COLUMNS}
+    both = {**COLUMNS, **own}
+    return {key: column for key, column in both.items()
+            if any(result.get(key) is not None for result in results)}
+
+
+# --- tables
+
+def percent(cell):
+    return f"{100 * cell['rate']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+
+
+def number(key, value):
+    if key == "unet_evaluations":
+        return f"{value / 1000:.1f}"
+    return f"{value:.{2 if key in ('clip_score', 'frechet') else 1}f}"
+
+
+def table(results):
+    """{"original": {figure: number or {rate, low, high, n}}, "erased": ...} -> 80 columns."""
+    head = f"{'% [95 % interval]':<24}" + "".join(f"{name:>20}" for name in results)
+    lines = [f"{head}{'n':>6}"]
+    for key, (title, _, _) in columns(results.values()).items():
+        if key in COSTS:
+            continue
+        cells = [result.get(key) for result in results.values()]
+        texts = [percent(c) if isinstance(c, dict) else number(key, c) for c in cells]
+        n = cells[0]["n"] if isinstance(cells[0], dict) else ""
+        line = f"{title:<24}" + "".join(f"{text:>20}" for text in texts) + f"{n:>6}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def text_table(figures, title):
+    """{row: figures} -> rates without their intervals, in 80 columns."""
+    def brief(cell):
+        if isinstance(cell, dict):
+            return f"{100 * cell['rate']:.0f}"
+        return "" if cell is None else f"{cell:.{max(0, 3 - len(str(int(cell))))}f}"  # three digits
+
+    keys = {key: short for key, (_, short, _) in columns(figures.values()).items()
+            if key not in COSTS}
+    lines = [title, f"{'%':<30}" + "".join(f"{short:>5}" for short in keys.values())]
+    for name, figure in figures.items():
+        lines.append(f"{name:<30}" + "".join(f"{brief(figure.get(key)):>5}" for key in keys))
+    return "\n".join(lines)
+
+
+def markdown(figures, title):
+    """The whole table, with intervals, what each column counts, date, commit and minutes."""
+    used = columns(figures.values())
+    lines = [f"**{title}**", "",
+             f"| method | {' | '.join(name for name, _, _ in used.values())} |",
+             "| --- " * (len(used) + 1) + "|"]
+    for name, figure in figures.items():
+        cells = {key: figure.get(key) for key in used}
+        texts = ["" if c is None else percent(c) if isinstance(c, dict) else number(key, c)
+                 for key, c in cells.items()]
+        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+    meanings = "; ".join(f"{name}: {what}" for name, _, what in used.values())
+    minutes = sum(figure.get("minutes", 0) for figure in figures.values())
+    lines += ["", f"Rates in % with their 95 % Wilson interval. {meanings}.", "",
+              f"{time.strftime('%Y-%m-%d')}, commit {commit()}, {minutes:.0f} minutes of training "
+              "a seed."]
+    return "\n".join(lines) + "\n"
+
+
+def commit():
+    """Of this code, where git knows it."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+# --- pictures
+
+def picture_array(picture):
+    """(3, H, W) in [0, 1] -> (H, W, 3) for matplotlib."""
+    return picture.permute(1, 2, 0).cpu().numpy()
+
+
+def plot_grid(path, prompts, lines):
+    """A grid of pictures, with the prompts above its columns.
+
+    lines: {title: pictures (3, H, W), or None for a blank}.
+    """
+    columns, rows = len(prompts), len(lines)
+    figure = Figure(figsize=(1.3 * columns + 0.5, 1.3 * rows + 0.55))
+    axes = figure.subplots(rows, columns, squeeze=False,
+                           gridspec_kw={"wspace": 0.04, "hspace": 0.04})
+    for line, (title, pictures) in zip(axes, lines.items()):
+        for axis, picture in zip(line, pictures):
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_visible(False)
+            if picture is not None:
+                axis.imshow(picture_array(picture), interpolation="nearest")
+        line[0].set_ylabel(textwrap.fill(title, 14), fontsize=8)
+    for axis, prompt in zip(axes[0], prompts):
+        axis.set_title(textwrap.fill(prompt, 18), fontsize=7)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+
+
+def plot_samples(path, evaluation_set, pictures, attacks, concept_columns=6, other_columns=4):
+    """samples.png: the same prompts and seeds in all lines; the concept's left, others right."""
+    rows = evaluation_set.rows[:concept_columns]
+    utility = evaluation_set.utility[:other_columns]
+    lines = {name: [*drawn["rows"][: len(rows)], *drawn["utility"][: len(utility)]]
+             for name, drawn in pictures.items()}
+    for kind in attacks:
+        lines[f"{kind} attack"] = [*pictures["erased"][kind][: len(rows)], *[None] * len(utility)]
+    plot_grid(path, [row.prompt for row in (*rows, *utility)], lines)
+
+
+def save_images(folder, evaluation_set, pictures):
+    """Every picture as PART/NUMBER_seed-SEED_PROMPT.png, for FID by a tool of one's choice."""
+    for part, drawn in pictures.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        rows = getattr(evaluation_set, part, evaluation_set.rows)
+        for i, (row, picture) in enumerate(zip(rows, drawn)):
+            words = re.sub(r"[^A-Za-z0-9]+", "-", row.prompt)[:60].strip("-")
+            path = folder / part / f"{i:04}_seed-{row.seed}_{words}.png"
+            matplotlib.image.imsave(path, picture_array(picture))
+
+
+def plot_losses(path, history):
+    """[{"erase": loss, "attack": loss or None, ...}, ...] -> a curve each, with its running mean.
+
+    The mean is over 20 values. A dotted line shows where a loss begins that the first iteration did
+    not have.
+    """
+    curves = {name: np.array([losses[name] for losses in history], float) for name in history[0]}
+    curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
+    begins = {name: np.flatnonzero(np.isfinite(values))[0] for name, values in curves.items()}
+    late = {name: int(start) for name, start in begins.items() if start}
+    figure = Figure(figsize=(7, 1.85 * len(curves)), layout="constrained")
+    axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
+    for axis, (name, values) in zip(axes, curves.items()):
+        at = np.flatnonzero(np.isfinite(values))
+        axis.plot(at, values[at], color="0.8", linewidth=0.8)
+        if len(at) > 20:
+            axis.plot(at[19:], np.convolve(values[at], np.ones(20) / 20, "valid"), color="C0")
+        for start in late.values():
+            axis.axvline(start, color="0.6", linestyle=":", linewidth=1)
+        axis.set(ylabel=f"{name} loss", xlim=(0, len(history)), ylim=(0, None))
+    dotted = f" (dotted: where the {' and the '.join(late)} begins)" if late else ""
+    axes[-1].set_xlabel(f"iteration{dotted}")
+    figure.savefig(path, dpi=120)
+
+
+# --- the model card
+
+CARD = """---
+{base}license: {license}
+library_name: diffusers
+tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
+---
+# {model} without "{concept}"
+
+The {part} of `{model}`, trained with {method}. Settings: {settings}.
+
+```
+{table}
+```
+
+ASR: share of prompts for the concept whose picture shows it, without attack or under the attack (a
+prefix of {k} tokens, or of {k} free embeddings, found in {steps} steps). Utility: share of prompts
+for other things whose picture is right. Embedding attacks reach what no text can: they measure what
+is left in the model, not what a user can type.
+
+```python
+from diffusers import StableDiffusionPipeline
+from {library} import {cls}
+
+{part} = {cls}.from_pretrained("{folder}")
+pipeline = StableDiffusionPipeline.{opener}("{source}", {part}={part})
+pipeline("a photo of a {concept}").images[0].save("picture.png")
+```
+"""
+
+
+def model_card(config, described, results, part, source, folder):
+    """A model card for the hub: what was erased, how, the figures, and how to load it.
+
+    `described`: how it was trained; `part`: what was trained, saved in `folder`; `source`: the
+    folder of the original model.
+    """
+    model, text = str(config.model), part == "text_encoder"
+    hub, single_file = model.count("/") == 1 and not Path(model).exists(), Path(model).is_file()
+    own = asdict(config)
+    settings = [f"{name} {own[name]}" for name in CARD_SETTINGS if name in own]
+    return CARD.format(
+        base=f"base_model: {model}\n" if hub else "", model=model, concept=config.concept,
+        license="mit" if model in TOY_UNETS else
+        "creativeml-openrail-m" if "stable-diffusion-v1" in model else "other",
+        part=part, method=described, settings=", ".join(settings), table=table(results),
+        k=config.eval_prefix, steps=config.eval_attack_steps, folder=folder,
+        opener="from_single_file" if single_file else "from_pretrained",
+        source=model if hub or single_file else source,
+        library="transformers" if text else "diffusers",
+        cls="CLIPTextModel" if text else "UNet2DConditionModel")
+
+
+CARD_SETTINGS = ("steps", "warmup", "lr", "layers", "attack", "attack_steps", "attack_lr", "prefix",
+                 "retain_weight", "retain_batch", "seed")

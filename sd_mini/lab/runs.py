@@ -1,0 +1,238 @@
+"""What a run keeps: training that goes on where it stopped, answers, and its folder."""
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from ..files import read_json, write_atomically, write_json
+from . import ranks
+
+
+# --- tensors with a JSON value beside them, in one file
+
+def write_tensors(path, tensors, value):
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"json": json.dumps(value)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def read_tensors(path):
+    """-> ({name: tensor}, the value)."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        return tensors, json.loads(file.metadata()["json"])
+
+
+# --- a training loop
+
+@contextmanager
+def resumable(folder, steps, theta, optimizer, generator, save_every=100):
+    """A training loop that goes on where it was stopped.
+
+        with resumable(folder, steps, theta, optimizer, generator) as (iterations, history):
+            for i in iterations:
+                ...
+                history.append({"erase": 0.1, "retain": 0.2})
+
+    `theta` is the list of parameters in training. Every `save_every` iterations their state, that
+    of optimizer and generator, and the history of losses are written to `folder`; with folder None
+    nothing is. Ctrl-C and SIGTERM wait for the end of the iteration, which is then written too. A
+    loss that is not finite raises ArithmeticError. Under torchrun process 0 iterates, and the
+    others receive its theta and history.
+    """
+    history = restore(folder, theta, optimizer, generator) if folder else []
+
+    def iterations(stop):
+        bar = tqdm(range(len(history), steps), "training", steps, initial=len(history))
+        for i in bar:
+            yield i
+            check_finite(history)
+            bar.set_postfix({name: f"{loss:.3g}" for name, loss in present(history[-1]).items()})
+            due = len(history) % save_every == 0 or len(history) == steps or stop.is_set()
+            if folder and due:
+                save(folder, history, theta, optimizer, generator)
+            if stop.is_set():
+                raise KeyboardInterrupt
+
+    finished = False
+    try:
+        with signals_caught(folder is not None) as stop:
+            yield (iterations(stop) if ranks.RANK == 0 else ()), history
+        finished = True
+    finally:
+        if ranks.COUNT > 1:
+            receive(finished, theta, history)
+
+
+def present(losses):
+    """Without those that an iteration did not have."""
+    return {name: loss for name, loss in losses.items() if loss is not None}
+
+
+def check_finite(history):
+    """A loss that is not finite ends the run: it is never averaged away."""
+    if not all(math.isfinite(loss) for loss in present(history[-1]).values()):
+        losses = ", ".join(f"{name} {loss}" for name, loss in history[-1].items())
+        raise ArithmeticError(
+            f"iteration {len(history) - 1}: a loss is not finite ({losses}); the last checkpoint "
+            "is whole; --overwrite starts anew, with a smaller --lr or --attack-lr")
+
+
+@contextmanager
+def signals_caught(wanted):
+    """-> an Event, set by SIGINT or SIGTERM. Only the main thread can catch signals."""
+    stop, before = threading.Event(), {}
+    if wanted and threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def receive(finished, theta, history):
+    """Process 0's theta and history in all processes, or the end of all where it did not finish."""
+    outcome = json.loads(ranks.broadcast(json.dumps(history if finished else None).encode()))
+    if outcome is None:
+        raise KeyboardInterrupt
+    history[:] = outcome
+    for p, received in zip(theta, ranks.exchange([p.detach().cpu() for p in theta], 0)):
+        p.data.copy_(received)
+
+
+def checkpoints(folder):
+    return sorted(Path(folder).glob("checkpoint-*.safetensors"))
+
+
+def save(folder, history, theta, optimizer, generator):
+    """Write a checkpoint; the last two are kept."""
+    tensors = {f"parameter.{i}": p for i, p in enumerate(theta)}
+    tensors["generator"] = generator.get_state()
+    for i, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    write_tensors(Path(folder) / f"checkpoint-{len(history):06}.safetensors", tensors, history)
+    for old in checkpoints(folder)[:-2]:
+        old.unlink()
+
+
+def restore(folder, theta, optimizer, generator):
+    """Put the state of the last checkpoint back -> its history."""
+    if not checkpoints(folder):
+        return []
+    tensors, history = read_tensors(checkpoints(folder)[-1])
+    with torch.no_grad():
+        for i, p in enumerate(theta):
+            p.copy_(tensors[f"parameter.{i}"])
+    state = optimizer.state_dict()
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state["state"].setdefault(int(i), {})[key] = tensor
+    optimizer.load_state_dict(state)
+    generator.set_state(tensors["generator"])
+    return history
+
+
+def cached(folder, jobs):
+    """{name: compute}, where compute() -> (JSON value, tensor)  ->  {name: (value, tensor)}.
+
+    The folder keeps each answer, and what it holds is not computed again. With folder None
+    everything is computed. Several processes divide the jobs and share the folder.
+    """
+    if folder is None:
+        return {name: compute() for name, compute in jobs.items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    paths = {name: Path(folder) / f"{name}.safetensors" for name in jobs}
+
+    def compute(name):
+        if not paths[name].is_file():
+            value, tensor = jobs[name]()
+            write_tensors(paths[name], {"tensor": tensor}, value)
+        return ()
+
+    ranks.share(compute, jobs)
+    answers = {name: read_tensors(path) for name, path in paths.items()}
+    return {name: (value, tensors["tensor"]) for name, (tensors, value) in answers.items()}
+
+
+# --- the folder of a run: OUT/partial until it is finished, then OUT/results.json
+
+# Settings on which no figure depends.
+NO_EFFECT = ("task", "methods", "out", "resume", "overwrite", "save_every", "save_images",
+             "low_memory")
+
+
+def differences(old, new):
+    """Where two configs, as dicts, differ -> ["lr 1e-05 -> 0.0002", ...]."""
+    new = json.loads(json.dumps(new))
+    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
+            if key not in NO_EFFECT and old.get(key) != new.get(key)]
+
+
+def run_record(out):
+    """The file that says which run a folder holds, finished or begun; None where it holds none."""
+    records = (out / "results.json", out / "partial/config.json")
+    return next((path for path in records if path.is_file()), None)
+
+
+def is_finished(out, config):
+    """Does the folder hold this run, finished?
+
+    ValueError where it holds another run, or files that are no run, or cannot be written to. With
+    `overwrite` a run there is no obstacle, and with `resume` none that has the same settings.
+    """
+    record = run_record(out)
+    if record is None and out.is_dir() and {entry.name for entry in out.iterdir()} - {"partial"}:
+        raise ValueError(f"{out}: holds files and no run; --out takes another folder")
+    finished = record is not None and record.name == "results.json"
+    if record and not config["overwrite"]:
+        if not config["resume"]:
+            kind = "finished run:" if finished else "begun run: --resume goes on with it,"
+            raise ValueError(f"{out}: holds a {kind} --overwrite starts anew, --out takes another "
+                             "folder")
+        old = read_json(record)
+        if "config" not in old:
+            raise ValueError(f"{out}: holds a comparison; --out takes another folder")
+        if changes := differences(old["config"], config):
+            raise ValueError(f"{out}: was run with other settings, so --resume cannot go on: "
+                             f"{'; '.join(changes)}")
+    check_writable(out)
+    return finished and not config["overwrite"]
+
+
+def check_writable(out):
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        raise ValueError(f"--out {out}: {existing} is not a folder that can be written to")
+
+
+def open_folder(out, config):
+    """Begin a run there, or go on with one."""
+    if run_record(out):  # without one, these names may be anyone's
+        for name in ("partial", "text_encoder", "unet", "pipeline") if config["overwrite"] else ():
+            shutil.rmtree(out / name, ignore_errors=True)
+        if config["overwrite"]:
+            (out / "results.json").unlink(missing_ok=True)
+        for leftover in out.rglob("*.part"):
+            leftover.unlink()
+    (out / "partial").mkdir(parents=True, exist_ok=True)
+    write_json(out / "partial/config.json", {"config": config})
+
+
+def close_folder(out, results):
+    """Write results.json, last of all, and delete what only a stopped run needs."""
+    write_json(out / "results.json", {"complete": True, **results})
+    shutil.rmtree(out / "partial")

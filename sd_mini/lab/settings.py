@@ -1,0 +1,288 @@
+"""The settings of every run, the command line made of them, and what a method hands over."""
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Callable, NamedTuple, get_args, get_type_hints
+
+GROUPS = {  # of --help: title -> purpose
+    "first": "what most people need",
+    "method": "what is trained, and how it erases",
+    "attack": "the attack in training",
+    "retain": "what holds the rest of the model where it was",
+    "evaluation": "what is drawn, attacked and counted",
+    "run": "where and how a run computes",
+}
+
+
+def setting(default, help, choices=None, low=-math.inf, high=math.inf, group="method"):
+    """A field of the settings that is a flag too. A field without it is no flag."""
+    allowed = {"choices": choices, "low": low, "high": high}
+    return field(default=default, metadata={"help": help, "group": group, **allowed})
+
+
+first, retain, evaluation, run = (
+    partial(setting, group=group) for group in ("first", "retain", "evaluation", "run"))
+
+
+@dataclass
+class Settings:
+    """The settings of every run. A method's own settings are a dataclass derived from this one.
+
+    Each is a flag: `--eval-set` for `eval_set`. Values are checked before anything is loaded.
+    """
+
+    concept: str = first("church", "what to erase; several with commas")
+    task: str = first("train", "train: erase, then evaluate; evaluate: score --text-encoder; "
+                      "compare: the rows of the paper's tables; sample: draw --prompts",
+                      ("train", "evaluate", "compare", "sample"))
+    model: str | None = first(None, "toy, toy-dusk, a diffusers folder, a .safetensors file or a "
+                              "hub id, ID@REVISION (default: CompVis/stable-diffusion-v1-4 with "
+                              "CUDA, toy without)")
+    text_encoder: str | None = first(None, "a text encoder in place of the model's own: a folder, "
+                                     "or ID@REVISION:SUBFOLDER of the hub")
+    prompts: tuple[str, ...] = first((), "what --task sample draws")
+    methods: tuple[str, ...] = first((), "rows of --task compare, by number or name (default: all)")
+    out: str | None = first(None, "folder for what a run leaves (default: runs/CONCEPT or similar)")
+    resume: bool = first(False, "go on with the run that was begun in the folder")
+    overwrite: bool = first(False, "start anew where the folder holds a run")
+    seed: int = first(0, "seed of everything random", low=0, high=2**31 - 1)
+    device: str | None = first(None, "cpu or cuda (default: cuda where there is one)")
+    judge: str | None = first(None, "MODEL:LABEL: who says what a picture shows (an image classifier "
+                              "or CLIP, a folder or MODEL@REVISION of the hub), and its name for "
+                              "the concept (default: the concept's; the toy's own)")
+
+    phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on",
+                             low=1, high=12)
+    retain_set: str = retain("coco", "prompts/retain_NAME.csv (coco, imagenet, photos, toy), or a "
+                             "CSV file of your own")
+    retain_unfiltered: bool = False  # keep the retain prompts that name the concept
+
+    eval_attacks: tuple[str, ...] = evaluation((), "attacks in evaluation")
+    eval_set: str | None = evaluation(None, "CSV of the prompts to attack (default: "
+                                      "prompts/CONCEPT.csv, or from templates)")
+    eval_prompts: int = evaluation(50, "prompts of the concept to attack; at most as many of "
+                                   "paraphrases, neighbours and styles", low=1)
+    eval_utility: int = evaluation(60, "held-out prompts without the concept, for utility", low=2)
+    eval_steps: int = evaluation(50, "DDIM steps of the pictures", low=1, high=500)
+    eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time", low=1)
+    eval_prefix: int = evaluation(3, "k, tokens of the prefix in evaluation", low=1)
+    eval_attack_steps: int = evaluation(180, "steps of each attack in evaluation", low=1)
+    eval_looks: int = evaluation(3, "pictures drawn per attacked prompt, evenly over these steps; "
+                                 "the first that shows the concept ends the attack", low=1)
+    token_lr: float = evaluation(0.01, "Adam's learning rate of every token attack", low=1e-10,
+                                 high=10)
+    save_images: str | None = evaluation(None, "folder for every picture, its prompt and seed in "
+                                         "the name")
+
+    tokenizer: str | None = run(None, "folder or hub id with tokenizer and configs for a single "
+                                "file (default: v1.4's)")
+    precision: str | None = run(None, "of the networks that are not trained; what is trained stays "
+                                "in fp32 (default: bf16 on a GPU that has it)", ("fp32", "bf16"))
+    low_memory: bool = run(False, "compute the UNet's activations again in the backward pass")
+    save_every: int = run(100, "iterations between checkpoints", low=1)
+    save_pipeline: bool = run(False, "write the whole erased pipeline too, to OUT/pipeline")
+
+    def check(self, given):
+        """ValueError where settings do not go together. given: {setting: value} of the flags."""
+        task = self.task
+        for wrong, message in (
+                (self.eval_looks > self.eval_attack_steps,
+                 f"--eval-looks {self.eval_looks}: must be at most --eval-attack-steps, "
+                 f"{self.eval_attack_steps}"),
+                (self.resume and self.overwrite,
+                 "--resume --overwrite: the one goes on with a run, the other starts anew"),
+                (task == "evaluate" and not self.text_encoder,
+                 "--task evaluate: give --text-encoder"),
+                (task in ("train", "compare") and self.text_encoder,
+                 "--text-encoder: is for --task evaluate and sample"),
+                (task in ("compare", "sample") and (self.save_images or self.save_pipeline),
+                 "--save-images, --save-pipeline: are for --task train and evaluate"),
+                (task == "sample" and not self.prompts, "--task sample: give --prompts"),
+                (task != "sample" and self.prompts, "--prompts: is for --task sample"),
+                (task != "compare" and self.methods, "--methods: is for --task compare"),
+                (task == "compare" and "eval_attacks" in given,
+                 "--task compare: sets --eval-attacks itself: all that there are")):
+            if wrong:
+                raise ValueError(message)
+
+
+# How every run on the toy departs from the defaults: it draws small pictures in a few steps.
+TOY = dict(phrasings=3, retain_set="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100,
+           eval_looks=4, eval_prefix=5, eval_batch=25)
+
+
+class Method(NamedTuple):
+    """What the lab is handed.
+
+    config      a dataclass derived from `Settings`; the arguments `config` below are one of these
+    train       (sd_o, erase prompts, retain prompts, config, folder) -> (sd, history): the erased
+                model, which shares with the original the parts that were not trained, and the
+                losses, a dict for each iteration; see `resumable`
+    attacks     {name: attack}, where attack(sd, prompts, pictures, look, config) searches in front
+                of each prompt; see `attack_prompts`
+    inversions  {name: attack}, where attack(sd, prompts, pictures, config) learns from all prompts
+                of a concept at once -> their contexts; see `invert_concepts`
+    rows        (sd_o, config) -> {name: what the row changes in the config, or None for the
+                original model}: the rows of --task compare
+    toy         what the method changes in its config on the toy
+    check       (sd_o, erase prompts, retain prompts, prompts to attack, config): raises ValueError,
+                before any work, for what would fail later
+    describe    (config) -> what the model card says of the training
+    """
+
+    config: type
+    train: Callable
+    attacks: dict = {}
+    inversions: dict = {}
+    rows: Callable = lambda sd_o, config: {"original": None, "own": {}}
+    toy: dict = {}
+    check: Callable = lambda *arguments: None
+    describe: Callable = lambda config: "a method of one's own"
+
+
+# --- the command line
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """One line, and exit status 2."""
+        self.exit(2, f"error: {message}\n")
+
+
+def parse(Config, argv=None):
+    """Command line -> {setting: value} of the flags given. Values are checked here."""
+    purpose = "Every setting is a flag. Defaults are the paper's; the toy has some of its own."
+    parser = Parser(description=purpose, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    groups = {name: parser.add_argument_group(name, purpose) for name, purpose in GROUPS.items()}
+    hints = get_type_hints(Config)
+    flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config) if f.metadata}
+    for flag, f in flags.items():
+        kind, choices, group = hints[f.name], f.metadata["choices"], groups[f.metadata["group"]]
+        unsaid = f.default in (None, ()) or f.default is False
+        help = f.metadata["help"] + ("" if unsaid else f" (default: {shown(f.default)})")
+        if kind is bool:
+            group.add_argument(flag, action="store_true", help=help)
+        else:
+            kind = next(k for k in (get_args(kind) or (kind,)) if k in (int, float, str))
+            metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+            many = "+" if isinstance(f.default, tuple) else None
+            group.add_argument(flag, type=kind, nargs=many, help=help, metavar=metavar)
+    given, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5)
+        meant = f"; did you mean {near[0]}?" if near else "; --help lists them"
+        parser.error(f"unknown flag {word!r}{meant}")
+    for flag, f in flags.items():
+        if hasattr(given, f.name):
+            check_value(flag, getattr(given, f.name), f.metadata, parser.error)
+    return vars(given)
+
+
+def shown(default):
+    return " ".join(default) if isinstance(default, tuple) else default
+
+
+def check_value(flag, value, allowed, refuse):
+    """Refuse what is not among the choices, out of range, or not text."""
+    if isinstance(value, (list, tuple)):
+        for each in value:
+            check_value(flag, each, allowed, refuse)
+    elif isinstance(value, str):
+        check_text(flag, value, allowed["choices"], refuse)
+    elif isinstance(value, (int, float)):
+        low, high = allowed["low"], allowed["high"]
+        if not (low <= value <= high and math.isfinite(value)):
+            refuse(f"{flag} {value}: must be between {low} and {high}" if high < math.inf
+                   else f"{flag} {value}: must be a number, at least {low}")
+
+
+def check_text(flag, text, choices, refuse):
+    if choices and text not in choices:
+        near = difflib.get_close_matches(text, choices, 1, 0.5)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        refuse(f"{flag} {text!r}: choose from {', '.join(choices)}{meant}")
+    if not text.strip():
+        refuse(f"{flag}: is empty")
+    if not text.isprintable():
+        refuse(f"{flag} {text[:40]!r}: holds control characters")
+    if len(text) > 1000:
+        refuse(f"{flag} {text[:40]!r}...: {len(text):,} characters, more than any prompt's or "
+               "path's 1,000")
+
+
+def answer_help(Config):
+    """Answer --help and a mistyped flag now: loading torch takes seconds."""
+    parse(Config)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
+
+
+def main(method, argv=None):
+    """The command line of a method.
+
+    Ends the process with 0; 1 where a run broke off; 2 where the input is at fault; 130 where it
+    was stopped.
+    """
+    given = parse(method.config, argv)
+    from . import ranks, tasks  # here, since they load torch
+
+    ranks.leave(tasks.run_task(method, given))
+
+
+# --- from flags to settings
+
+def resolve(method, given):
+    """Flags -> the method's config, whole. Joins the other processes of a torchrun.
+
+    Flags come before the toy's deviations, these before the concept's, these before the defaults.
+    """
+    import torch
+
+    from ..weights import TOY_UNETS
+    from . import prompts, ranks
+
+    cuda = torch.cuda.is_available()
+    model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
+    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
+    device = check_device(given.get("device") or ("cuda" if cuda else "cpu"), torch.cuda)
+    bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = given.get("precision") or ("bf16" if bf16 else "fp32")
+    if precision == "bf16" and device != "cpu" and not bf16:
+        raise ValueError("--precision bf16: this GPU does not have it; --precision fp32 "
+                         "--low-memory works on any")
+    ranks.join(device)
+    why = "as asked" if given.get("model") else why
+    print(f"model: {model}, {why}; on {device} in {precision}")
+
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given |= {"model": model, "device": device, "precision": precision}
+    defaults = {f.name: f.default for f in fields(method.config)}
+    concept = prompts.concept_settings(given.get("concept", defaults["concept"]), defaults)
+    toy = {**TOY, **method.toy} if model in TOY_UNETS else {}
+    config = method.config(**{**concept, **toy, **given})
+    config.check(given)
+    return config
+
+
+def check_device(device, cuda):
+    """The device, or ValueError. `cuda` is torch.cuda."""
+    from . import ranks
+
+    there = cuda.is_available()
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: choose from cpu, cuda, cuda:N")
+    if device != "cpu" and not there:
+        raise ValueError(f"--device {device}: there is no CUDA device; --device cpu works anywhere")
+    if device[5:]:
+        if ranks.COUNT > 1:
+            raise ValueError(f"--device {device}: with torchrun each process takes its own; "
+                             "--device cuda")
+        if int(device[5:]) >= cuda.device_count():
+            raise ValueError(f"--device {device}: there are {cuda.device_count()}, from cuda:0 on")
+        cuda.set_device(device)
+    return device

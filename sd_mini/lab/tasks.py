@@ -1,0 +1,108 @@
+"""The tasks of the command line, from their flags to an exit status."""
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import sd_mini
+
+from . import ranks, report, runs
+from .compare import compare
+from .evaluation import draw_rows
+from .experiment import (load_model, open_experiment, run, trained_parts, with_text_encoder,
+                         write_results)
+from .prompts import Row, slug
+from .settings import resolve
+
+
+def erase_or_score(method, config):
+    """--task train and --task evaluate: one model, before and after."""
+    suffix = "-evaluate" if config.task == "evaluate" else ""
+    out = Path(config.out or Path("runs") / (slug(config.concept) + suffix))
+    for source in (config.text_encoder, config.model):
+        inside = source and (Path(source).resolve(), *Path(source).resolve().parents)
+        if config.overwrite and inside and out.resolve() in inside:
+            raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
+    if runs.is_finished(out, asdict(config)):
+        print(f"{out}: is finished; --overwrite starts anew")
+        return
+    experiment = open_experiment(method, config)
+    scored = with_text_encoder(experiment.sd_o, config) if config.text_encoder else None
+    ranks.on_first(runs.open_folder, out, asdict(config))
+    print(f"{len(experiment.evaluation_set.rows)} prompts, attacked in {config.eval_attack_steps} "
+          "steps, in the original and the erased model")
+    results, pictures = {}, {}
+    for name, model in (("original", experiment.sd_o), ("erased", scored)):
+        sd, results[name], pictures[name] = run(method, experiment, config, out, name, model)
+    print(report.table(results))
+    ranks.on_first(write_outputs, out, method, experiment, config, sd, results, pictures)
+
+
+def write_outputs(out, method, experiment, config, sd, results, pictures):
+    """What a run leaves in its folder besides the weights; results.json last."""
+    evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
+    report.plot_samples(out / "samples.png", evaluation_set, pictures, config.eval_attacks)
+    if config.task == "train":
+        part = trained_parts(sd, sd_o)[0]
+        card = report.model_card(config, method.describe(config), results, part, sd_o.folder,
+                                 out / part)
+        (out / "README.md").write_text(card, encoding="utf-8")
+    for name in pictures if config.save_images else ():
+        report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
+    if config.save_pipeline:
+        sd_mini.save_pipeline(sd, out / "pipeline")
+    write_results(out, experiment, config, results)
+    memory = torch.cuda.max_memory_allocated() / 2**30 if config.device != "cpu" else 0
+    held = f", at most {memory:.1f} GiB on the GPU" if memory else ""
+    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}\n"
+          f"{experiment.work.evaluations:,} UNet evaluations, "
+          f"{time.time() - experiment.started:.0f} s{held}")
+
+
+def sample(method, config):
+    """--task sample: a row of pictures for the prompts given."""
+    path = Path(config.out or "runs/sample") / "samples.png"
+    runs.check_writable(path.parent)
+    if path.exists() and not config.overwrite:
+        raise ValueError(f"{path}: is there already; --overwrite replaces it, --out takes another "
+                         "folder")
+    sd = with_text_encoder(load_model(config), config)
+    for prompt in config.prompts:
+        if (length := len(sd.tokenizer(prompt).input_ids)) > sd.context_length:
+            raise ValueError(f"{prompt[:60]!r} takes {length} tokens; it exceeds the "
+                             f"{sd.context_length} that the model reads")
+    rows = [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts]
+    pictures = draw_rows(sd, rows, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ranks.on_first(report.plot_grid, path, config.prompts, {"": pictures})
+    print(path)
+
+
+def run_task(method, given):
+    """Flags -> exit status: 0; 1 where a run broke off; 2 for bad input; 130 where it was stopped."""
+    tasks = {"train": erase_or_score, "evaluate": erase_or_score, "compare": compare,
+             "sample": sample}
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        config = resolve(method, given)
+        tasks[config.task](method, config)
+        return 0
+    except KeyboardInterrupt:
+        instead = " instead of --overwrite" if given.get("overwrite") else ""
+        again = f"; the same command with --resume{instead} goes on"
+        status, message = 130, f"stopped{'' if given.get('task') == 'sample' else again}"
+    except ValueError as error:
+        status, message = 2, error
+    except torch.cuda.OutOfMemoryError:
+        memory = torch.cuda.max_memory_allocated() / 2**30
+        status, message = 1, (f"out of GPU memory, {memory:.1f} GiB in use: smaller --eval-batch, "
+                              "--retain-batch and --erase-batch, or --low-memory, need less")
+    except (ArithmeticError, OSError) as error:
+        status, message = 1, error
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    return status
