@@ -9,7 +9,6 @@ exercises are open, scored by what the toy then does: `python -m tests.assignmen
 import argparse
 import ast
 import contextlib
-import copy
 import importlib
 import importlib.util
 import json
@@ -17,10 +16,11 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
-from .exercises import CHECKS, EXERCISES
+from sd_mini.lab.settings import TOY
+
+from .exercises import CHECKS, EXERCISES, FILES
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).with_name("reference.zip")  # in a student's copy: the solutions
@@ -66,13 +66,16 @@ def make(out, only=()):
     for name in ("advunlearn.py", "requirements.txt", "README.md", "TUTORIAL.md", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, out / name)
     with zipfile.ZipFile(out / "tests/reference.zip", "w") as solutions:
-        for file in sorted({exercise.file for exercise in EXERCISES.values()}):
+        for file in FILES:
             solutions.write(ROOT / file, f"reference_{Path(file).name}")
     for number, exercise in chosen.items():
-        source = (out / exercise.file).read_text(encoding="utf-8")
-        for name in exercise.functions:
-            source = blank(source, name, f"Exercise {number}: {exercise.title}, {name}; see TUTORIAL.md, section {exercise.section}")
-        (out / exercise.file).write_text(source, encoding="utf-8")
+        for file, names in exercise.functions.items():
+            source = (out / file).read_text(encoding="utf-8")
+            for name in names:
+                message = (f"Exercise {number}: {exercise.title}, {name}; see TUTORIAL.md, section "
+                           f"{exercise.section}")
+                source = blank(source, name, message)
+            (out / file).write_text(source, encoding="utf-8")
     (out / "HANDOUT.md").write_text(handout(chosen), encoding="utf-8")
 
 
@@ -82,7 +85,10 @@ def handout(chosen):
              "equations. `pytest --exercise 3` grades one exercise, `pytest` all of them; each is graded by itself, so that a wrong",
              "one cannot sink the others. Seeds can be given, `pytest --grade-seed 7`: a copied constant does not pass.", "",
              "    pip install -r requirements.txt", "    pytest --exercise 1", "", "| exercise | what | where | TUTORIAL.md |", "| --- | --- | --- | --- |"]
-    lines += [f"| {n} | {e.title} | {', '.join(f'`{name}`' for name in e.functions)} in `{e.file}` | section {e.section} |" for n, e in chosen.items()]
+    for n, e in chosen.items():
+        where = "; ".join(f"{', '.join(f'`{name}`' for name in names)} in `{file}`"
+                          for file, names in e.functions.items())
+        lines.append(f"| {n} | {e.title} | {where} | section {e.section} |")
     lines += [f"| {n} | {title} (open) | {task} | section {section} |" for n, (section, title, task, _) in SCORED.items()]
     lines += ["", "The open exercises are scored by what the toy then does: `python -m tests.assignment --score 11`, a few minutes on a laptop."]
     return "\n".join(lines) + "\n"
@@ -110,17 +116,19 @@ def load_module(name, path):
     return module
 
 
+def students():
+    """{file: module} of this folder."""
+    return {file: importlib.import_module(file.removesuffix(".py").replace("/", "."))
+            for file in FILES}
+
+
 def references():
-    """{file: module} with the solutions: this project's own, or, in a student's copy, those of the zip."""
+    """{file: module} with the solutions: this project's own, or, in a student's copy, the zip's."""
     if not REFERENCE.is_file():
-        return {"advunlearn.py": importlib.import_module("advunlearn"), "sd_mini/schedule.py": importlib.import_module("sd_mini.schedule")}
+        return students()
     if str(REFERENCE) not in sys.path:
         sys.path.append(str(REFERENCE))
-    return {file: importlib.import_module("reference_" + Path(file).stem) for file in ("advunlearn.py", "sd_mini/schedule.py")}
-
-
-def students():
-    return {"advunlearn.py": importlib.import_module("advunlearn"), "sd_mini/schedule.py": importlib.import_module("sd_mini.schedule")}
+    return {file: importlib.import_module("reference_" + Path(file).stem) for file in FILES}
 
 
 def lookup(module, name):
@@ -130,36 +138,38 @@ def lookup(module, name):
 
 
 class Solution:
-    """What a check sees: the student's module, where the other exercises' functions are the reference's."""
+    """What a check sees: the student's modules, where other exercises' functions are the reference's."""
 
-    def __init__(self, student, sd):
-        self.student, self.sd, self.schedule = student, sd, sd.schedule
+    def __init__(self, modules, sd):
+        self.modules, self.sd, self.schedule = modules, sd, sd.schedule
 
     def __getattr__(self, name):
-        return getattr(self.student, name)
+        return next(getattr(module, name) for module in self.modules.values()
+                    if hasattr(module, name))
 
     def small(self, **changes):
-        return self.student.Config(**{**self.student.TOY, "model": "toy", "device": "cpu", "attack_steps": 2, "trajectories": 4,
-                                      "trajectory_steps": 4, "erase_batch": 4, "retain_batch": 2, "plain_share": 0.0, **changes})
-
-    def trainable(self, config):
-        return replace(self.sd, text_encoder=copy.deepcopy(self.sd.text_encoder))
+        """A config for the toy, of few small steps."""
+        return self.Config(**{**TOY, **self.TOY, "model": "toy", "device": "cpu", "attack_steps": 2,
+                              "trajectories": 4, "trajectory_steps": 4, "erase_batch": 4,
+                              "retain_batch": 2, "plain_share": 0.0, **changes})
 
 
 @contextlib.contextmanager
 def standing_in(number, student, reference, sd):
-    """The student's functions for exercise `number`, the reference's for the others -> Solution; undone afterwards."""
+    """The student's functions for exercise `number`, the reference's for the others.
+
+    -> Solution; undone afterwards.
+    """
     undo = []
     for n, exercise in EXERCISES.items():
-        for name in exercise.functions:
-            source = student if n == number else reference
-            function = lookup(source[exercise.file], name)
-            owner = type(sd.schedule) if name.startswith("Schedule.") else student[exercise.file]
+        source = student if n == number else reference
+        for file, name in exercise.places():
+            owner = type(sd.schedule) if name.startswith("Schedule.") else student[file]
             attribute = name.split(".")[-1]
             undo.append((owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, function)
+            setattr(owner, attribute, lookup(source[file], name))
     try:
-        yield Solution(student["advunlearn.py"], sd)
+        yield Solution(student, sd)
     finally:
         for owner, attribute, function in reversed(undo):
             setattr(owner, attribute, function)

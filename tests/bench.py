@@ -7,7 +7,6 @@ A UNet evaluation is one picture through the UNet once; a backward counts as two
 need CUDA, and no download: random weights cost what trained ones cost.
 """
 import argparse
-import copy
 import platform
 import statistics
 import subprocess
@@ -22,11 +21,12 @@ from tqdm import tqdm
 
 import advunlearn as au
 import sd_mini
+from sd_mini.lab.experiment import Work
 from sd_mini.weights import PARTS
 
 ROOT = Path(au.__file__).parent
 GPU = "cuda" if torch.cuda.is_available() else None
-PAPER = au.Config(model="toy", device="cpu", layers=0, retain_weight=0.5)  # the paper's schedule, on the toy's weights
+PAPER = au.Config(model="toy", device="cpu", layers=0)  # the paper's schedule, on the toy's weights
 
 V1 = {  # the configs of CompVis/stable-diffusion-v1-4
     "unet": dict(in_channels=4, out_channels=4, sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
@@ -56,7 +56,7 @@ def schedule(config, prompts=(1, 80)):
     return trained + 2 * config.trajectory_steps * sum(max(config.trajectories, n) for n in prompts)
 
 
-def examination(config, related=20):
+def evaluation_work(config, related=20):
     """UNet evaluations of scoring one model, in closed form, where no attack breaks anything: pictures of the concept's, the
     utility and the related prompts (church has 8 paraphrases and 12 neighbours); each attack's steps, 3 a prompt; its looks."""
     drawn = 2 * config.eval_steps * (config.eval_prompts + config.eval_utility + related)
@@ -66,16 +66,15 @@ def examination(config, related=20):
 
 def iterations(sd, config):
     """Run the outer loop -> seconds without the bank's sampling, which is paid once, UNet evaluations of everything."""
-    erased, times = replace(sd, text_encoder=copy.deepcopy(sd.text_encoder)), []
-    counted = au.count_evaluations(sd)
+    work, times = Work(sd), []
     source = au.trajectory_bank
     au.trajectory_bank = lambda *a, **k: (source(*a, **k), times.append(time.time()))[0]
     begin = time.time()
     try:
-        au.advunlearn(erased, sd, ["church"], ["a photo of a house", "a photo of a boat"], config)
+        au.advunlearn(sd, ["church"], ["a photo of a house", "a photo of a boat"], config)
     finally:
         au.trajectory_bank = source
-    return time.time() - (times[-1] if times else begin), counted[0]
+    return time.time() - (times[-1] if times else begin), work.evaluations
 
 
 def v1(dtype):
@@ -96,9 +95,9 @@ def bench_evaluations():
     return f"{ours:,} against {published:,.0f}: {published / ours:.1f} times fewer", "12 times fewer"
 
 
-def bench_examination():
+def bench_evaluation():
     """Evaluating one encoder, 50 prompts, both attacks, if none succeeds, against training it, UNet evaluations"""
-    ours, training = examination(PAPER), schedule(PAPER)
+    ours, training = evaluation_work(PAPER), schedule(PAPER)
     return f"{ours:,} against {training:,}: {ours / training:.2f} times as many", "1 times as many"
 
 

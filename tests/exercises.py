@@ -14,23 +14,30 @@ import torch
 
 class Exercise(NamedTuple):
     title: str
-    file: str
-    functions: tuple[str, ...]  # by qualified name
+    functions: dict[str, tuple[str, ...]]  # file -> qualified names
     section: int  # of TUTORIAL.md
 
+    def places(self):
+        """(file, qualified name) of each function."""
+        return [(file, name) for file, names in self.functions.items() for name in names]
 
+
+PAPER, SCHEDULE = "advunlearn.py", "sd_mini/schedule.py"
 EXERCISES = {
-    1: Exercise("adding noise", "sd_mini/schedule.py", ("Schedule.add_noise",), 2),
-    2: Exercise("noise-prediction loss", "advunlearn.py", ("ddpm_loss",), 2),
-    3: Exercise("guidance and the DDIM step", "sd_mini/schedule.py", ("Schedule.guide", "Schedule.ddim_step"), 1),
-    4: Exercise("ESD target and loss", "advunlearn.py", ("esd_target", "erase_loss"), 3),
-    5: Exercise("prompt with a prefix", "advunlearn.py", ("insert_prefix", "check_room"), 4),
-    6: Exercise("embedding attack", "advunlearn.py", ("embedding_attack",), 4),
-    7: Exercise("projection onto the simplex", "advunlearn.py", ("project_simplex",), 4),
-    8: Exercise("token attack", "advunlearn.py", ("token_attack",), 4),
-    9: Exercise("retain loss and set", "advunlearn.py", ("retain_loss", "one_of", "without_concept"), 6),
-    10: Exercise("outer loop", "advunlearn.py", ("advunlearn",), 5),
+    1: Exercise("adding noise", {SCHEDULE: ("Schedule.add_noise",)}, 2),
+    2: Exercise("noise-prediction loss", {PAPER: ("ddpm_loss",)}, 2),
+    3: Exercise("guidance and the DDIM step",
+                {SCHEDULE: ("Schedule.guide", "Schedule.ddim_step")}, 1),
+    4: Exercise("ESD target and loss", {PAPER: ("esd_target", "erase_loss")}, 3),
+    5: Exercise("prompt with a prefix", {PAPER: ("insert_prefix", "tokenize_with_room")}, 4),
+    6: Exercise("embedding attack", {PAPER: ("embedding_attack",)}, 4),
+    7: Exercise("projection onto the simplex", {PAPER: ("project_simplex",)}, 4),
+    8: Exercise("token attack", {PAPER: ("token_attack",)}, 4),
+    9: Exercise("retain loss and set", {PAPER: ("retain_loss",), "sd_mini/lab/prompts.py": (
+        "one_of", "without_concept")}, 6),
+    10: Exercise("outer loop", {PAPER: ("advunlearn",)}, 5),
 }
+FILES = sorted({file for exercise in EXERCISES.values() for file in exercise.functions})
 CHECKS = {number: [] for number in EXERCISES}
 
 
@@ -216,11 +223,11 @@ def prefix_may_be_embeddings(s, seed):
 def what_does_not_fit_is_refused(s, seed):
     fits = "a photo of a church"
     length = len(s.sd.tokenizer(fits).input_ids)
-    close(s.check_room(s.sd, [fits], s.sd.context_length - length), s.sd.tokenize([fits]), "the ids of a prompt that just fits")
+    close(s.tokenize_with_room(s.sd, [fits], s.sd.context_length - length), s.sd.tokenize([fits]), "the ids of a prompt that just fits")
     with raises("a prompt that is one token too long with its prefix"):
-        s.check_room(s.sd, [fits], s.sd.context_length - length + 1)
+        s.tokenize_with_room(s.sd, [fits], s.sd.context_length - length + 1)
     with raises("the second of two prompts, which is too long"):
-        s.check_room(s.sd, [fits, "church " * 30], 1)
+        s.tokenize_with_room(s.sd, [fits, "church " * 30], 1)
 
 
 @contextlib.contextmanager
@@ -355,74 +362,88 @@ def rows_are_attacked_each_for_itself(s, seed):
 
 # --- 10: the outer loop, with the real functions around it
 
+PROMPTS = ["church", "a photo of a church"], ["a photo of a house", "a boat"]
+
+
 def outer(s, seed, **changes):
+    """-> (erased model, losses of each iteration, config)."""
     config = s.small(seed=seed, **changes)
-    model = s.trainable(config)
-    return model, s.advunlearn(model, s.sd, ["church", "a photo of a church"], ["a photo of a house", "a boat"], config), config
+    model, history = s.advunlearn(s.sd, *PROMPTS, config)
+    return model, history, config
 
 
 @check(10)
 def loop_starts_at_the_closed_form(s, seed):
-    """At theta = theta_o, without attack: (1 + eta)^2 ||eps_c - eps_empty||^2, and retain loss 0."""
+    """At theta = theta_o, without attack: (1 + eta)^2 ||eps_c - eps_empty||^2, retain loss 0."""
     _, history, config = outer(s, seed, steps=1, warmup=0, attack="none", eta=2.0)
-    generator = torch.Generator().manual_seed(seed)
-    z = s.trajectory_bank(s.sd, ["church", "a photo of a church"], config)(config.erase_batch, generator)
-    expected = 9 * (z.eps_c - z.eps_empty).square().mean().item()
-    assert math.isclose(history[0][0], expected, rel_tol=1e-3), f"the first erase loss is {history[0][0]:.4g}, expected {expected:.4g}"
-    assert history[0][2] < 1e-8, f"the first retain loss is {history[0][2]:.3g}, expected 0"
+    draw = s.trajectory_bank(s.sd, PROMPTS[0], config)
+    z = draw(config.erase_batch, torch.Generator().manual_seed(seed))
+    expected, found = 9 * (z.eps_c - z.eps_empty).square().mean().item(), history[0]["erase"]
+    assert math.isclose(found, expected, rel_tol=1e-3), (
+        f"the first erase loss is {found:.4g}, expected {expected:.4g}")
+    assert history[0]["retain"] < 1e-8, (
+        f"the first retain loss is {history[0]['retain']:.3g}, expected 0")
 
 
 @check(10)
 def loop_warms_up_then_attacks(s, seed):
     _, history, _ = outer(s, seed, steps=4, warmup=2, plain_share=0.0)
-    attacked = [row[1] is not None for row in history]
-    assert attacked == [False, False, True, True], f"attacked: {attacked}; expected none in warm-up, then always"
+    attacked = [losses["attack"] is not None for losses in history]
+    assert attacked == [False, False, True, True], (
+        f"attacked: {attacked}; expected none in warm-up, then always")
 
 
 @check(10)
 def loop_trains_theta_alone_and_moves_it(s, seed):
     before = {name: value.clone() for name, value in s.sd.text_encoder.state_dict().items()}
     model, _, _ = outer(s, seed, steps=2, warmup=1, layers=0)
-    assert all(torch.equal(before[name], value) for name, value in s.sd.text_encoder.state_dict().items()), "the original model changed"
-    moved = [name for name, value in model.text_encoder.state_dict().items() if not torch.equal(before[name], value)]
+    after, original = model.text_encoder.state_dict(), s.sd.text_encoder.state_dict()
+    assert all(torch.equal(before[name], value) for name, value in original.items()), (
+        "the original model changed")
+    moved = [name for name, value in after.items() if not torch.equal(before[name], value)]
     assert len(moved) == len(before), f"{len(moved)} of {len(before)} tensors of theta moved"
-    assert not any(p.requires_grad for p in model.text_encoder.parameters()), "theta is left requiring gradients"
+    assert not any(p.requires_grad for p in model.text_encoder.parameters()), (
+        "theta is left requiring gradients")
 
 
 @check(10)
 def loop_weighs_the_retain_loss_by_gamma(s, seed):
-    free, held = (outer(s, seed, steps=8, warmup=7, lr=2e-3, attack="none", retain_weight=gamma)[1] for gamma in (0.0, 50.0))
-    assert sum(row[2] for row in held[-3:]) < sum(row[2] for row in free[-3:]), "gamma 50 keeps no more than gamma 0"
+    free, held = (outer(s, seed, steps=8, warmup=7, lr=2e-3, attack="none", retain_weight=gamma)[1]
+                  for gamma in (0.0, 50.0))
+    assert sum(losses["retain"] for losses in held[-3:]) < sum(
+        losses["retain"] for losses in free[-3:]), "gamma 50 keeps no more than gamma 0"
 
 
 @check(10)
 def loop_takes_fresh_gradients(s, seed):
     """One latent to draw and theta all but still: every step must see the same gradient."""
-    config = s.small(seed=seed, steps=3, warmup=2, lr=1e-10, attack="none", trajectories=1, trajectory_steps=1, erase_batch=1,
-                     retain_batch=1)
+    config = s.small(seed=seed, steps=3, warmup=2, lr=1e-10, attack="none", trajectories=1,
+                     trajectory_steps=1, erase_batch=1, retain_batch=1)
     seen, step = [], torch.optim.Adam.step
 
     def spy(adam, *arguments):
-        seen.append(sum(p.grad.abs().sum().item() for group in adam.param_groups for p in group["params"] if p.grad is not None))
+        gradients = [p.grad for group in adam.param_groups for p in group["params"]]
+        seen.append(sum(g.abs().sum().item() for g in gradients if g is not None))
         return step(adam, *arguments)
 
     torch.optim.Adam.step = spy
     try:
-        s.advunlearn(s.trainable(config), s.sd, ["church"], ["a boat"], config)
+        s.advunlearn(s.sd, ["church"], ["a boat"], config)
     finally:
         torch.optim.Adam.step = step
-    assert len(seen) == 3 and seen[2] < 1.5 * seen[0], "gradients pile up from one iteration to the next"
+    assert len(seen) == 3 and seen[2] < 1.5 * seen[0], (
+        "gradients pile up from one iteration to the next")
 
 
 @check(10)
 def loop_is_seeded(s, seed):
     a, b = (outer(s, seed, steps=3, warmup=1)[1] for _ in range(2))
-    assert [tuple(row) for row in a] == [tuple(row) for row in b], "the same seed gives other losses"
+    assert a == b, "the same seed gives other losses"
 
 
 @check(10)
 def loop_lowers_the_erase_loss(s, seed):
     _, history, _ = outer(s, seed, steps=24, warmup=23, lr=1e-3, attack="none")
     assert len(history) == 24, f"{len(history)} iterations recorded, expected 24"
-    first, last = (sum(row[0] for row in part) for part in (history[:6], history[-6:]))
+    first, last = (sum(losses["erase"] for losses in part) for part in (history[:6], history[-6:]))
     assert last < first, "the erase loss does not fall"

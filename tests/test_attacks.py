@@ -32,9 +32,9 @@ def test_room_is_counted_in_tokens(sd):
     word = "zyzzyva"  # one word, but several tokens
     tokens = len(sd.tokenizer(word).input_ids)
     assert tokens > 3
-    au.check_room(sd, [word], sd.context_length - tokens)
+    au.tokenize_with_room(sd, [word], sd.context_length - tokens)
     with pytest.raises(ValueError, match="exceeds"):
-        au.check_room(sd, [word], sd.context_length - tokens + 1)
+        au.tokenize_with_room(sd, [word], sd.context_length - tokens + 1)
 
 
 def test_project_simplex_against_its_definition(generator):
@@ -147,9 +147,9 @@ def test_any_prompt_and_prefix_keep_start_end_and_length(request, model, seed):
     ids = sd.tokenizer(prompt).input_ids
     if len(ids) + k > sd.context_length:
         with pytest.raises(ValueError, match="exceeds"):
-            au.check_room(sd, [prompt], k)
+            au.tokenize_with_room(sd, [prompt], k)
         return
-    [row] = au.insert_prefix(au.check_room(sd, [prompt], k), torch.full((1, k), -1)).tolist()
+    [row] = au.insert_prefix(au.tokenize_with_room(sd, [prompt], k), torch.full((1, k), -1)).tolist()
     assert len(row) == sd.context_length and row[0] == sd.tokenizer.bos_token_id
     assert row[1 : 1 + k] == [-1] * k and row[1 + k : k + len(ids)] == ids[1:]
     assert set(row[k + len(ids) :]) <= {sd.tokenizer.pad_token_id}

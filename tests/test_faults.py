@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 
 import advunlearn as au
 import sd_mini
-from sd_mini.checkpoint import Checkpoints, close_folder, is_finished, open_folder, remember, write_atomically
+from sd_mini.files import write_atomically
+from sd_mini.lab import experiment, prompts
+from sd_mini.lab.runs import cached, close_folder, is_finished, open_folder, resumable
 from sd_mini.weights import TOY
 
-from .test_run import FLAGS, ROOT
+from .test_run import FLAGS, ROOT, main
 
 KILLS = int(os.environ.get("KILLS", 3))
 
@@ -66,24 +68,25 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path):
 
 
 def test_checkpoints_keep_two_and_go_on_where_they_were(tmp_path):
-    def train(folder, steps):
+    def train(folder, stop=None):
         p, generator = torch.nn.Parameter(torch.zeros(3)), torch.Generator().manual_seed(0)
         adam = torch.optim.Adam([p], lr=0.1)
-        with Checkpoints(folder, 2, 9, [p], adam, generator) as checkpoints:
-            history = checkpoints.restore()
-            for _ in range(len(history), steps):
+        loop = resumable(folder, 9, [p], adam, generator, save_every=2)
+        with contextlib.suppress(InterruptedError), loop as (iterations, history):
+            for i in iterations:
+                if i == stop:
+                    raise InterruptedError
                 loss = (p - torch.randn(3, generator=generator)).square().sum()
                 adam.zero_grad()
                 loss.backward()
                 adam.step()
-                history.append(loss.item())
-                checkpoints.keep(history)
+                history.append({"loss": loss.item()})
         return p.detach(), history
 
-    whole, history = train(tmp_path / "whole", 9)
-    train(tmp_path / "broken", 5)  # its last checkpoint is that of step 4
+    whole, history = train(tmp_path / "whole")
+    train(tmp_path / "broken", stop=5)  # its last checkpoint is that of step 4
     assert [p.name for p in sorted((tmp_path / "broken").iterdir())] == ["checkpoint-000002.safetensors", "checkpoint-000004.safetensors"]
-    again, history_again = train(tmp_path / "broken", 9)
+    again, history_again = train(tmp_path / "broken")
     assert torch.equal(whole, again) and history == history_again
     assert len(list((tmp_path / "broken").iterdir())) == 2
 
@@ -91,9 +94,11 @@ def test_checkpoints_keep_two_and_go_on_where_they_were(tmp_path):
 def test_interrupted_training_writes_its_last_iteration(tmp_path):
     p, generator = torch.nn.Parameter(torch.zeros(1)), torch.Generator()
     adam = torch.optim.Adam([p])
-    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, 100, 9, [p], adam, generator) as checkpoints:
-        os.kill(os.getpid(), signal.SIGTERM)
-        checkpoints.keep([1.0])
+    loop = resumable(tmp_path, 9, [p], adam, generator)
+    with pytest.raises(KeyboardInterrupt), loop as (iterations, history):
+        for _ in iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+            history.append({"loss": 1.0})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001.safetensors"]
 
 
@@ -110,14 +115,14 @@ def test_broken_write_leaves_the_old_file(tmp_path):
     assert sd_mini.read_json(path) == {"old": 1}
 
 
-def test_attacks_are_remembered(tmp_path):
+def test_attacks_are_kept(tmp_path):
     calls = []
 
     def compute():
         calls.append(1)
         return [{"broken": True}], torch.ones(2, 3)
 
-    first, again = (remember(tmp_path, {"token-0": compute})["token-0"] for _ in range(2))
+    first, again = (cached(tmp_path, {"token-0": compute})["token-0"] for _ in range(2))
     assert len(calls) == 1 and first[0] == again[0] == [{"broken": True}] and torch.equal(first[1], again[1])
 
 
@@ -134,7 +139,7 @@ def cli(*arguments):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = au.main(au.parse(arguments))
+            status = main(*arguments)
         except SystemExit as stop:
             status = stop.code
     lines = [line for line in err.getvalue().split("\n") if line.startswith("error:")]
@@ -212,7 +217,8 @@ BAD = [  # arguments -> what the line says
     ("--retain-batch -3", "--retain-batch -3"),
     ("--retain-weight nan", "--retain-weight nan"),
     ("--attack-radius 0", "--attack-radius 0.0"),
-    ("--trajectory-guidance -1", "--trajectory-guidance -1.0"),
+    ("--debug", "unknown flag '--debug'"),
+    ("--revision main", "unknown flag '--revision'"),
     ("--eval-steps 501", "--eval-steps 501: must be between 1 and 500"),
     ("--task evaluate", "--task evaluate: give --text-encoder"),
     ("--text-encoder {wide} --out {new}", "--text-encoder: is for --task evaluate"),
@@ -224,7 +230,7 @@ BAD = [  # arguments -> what the line says
     ("--concept church,tench --eval-set {two.csv} --out {new}", "two.csv, line 2: label"),
     ("--eval-set {long.csv} --out {new}", "with 5 more it exceeds the 24"),
     ("--seed -1", "--seed -1: must be between 0 and 2147483647"),
-    ("--plain-share 2", "--plain-share 2.0: must be between 0 and 1"),
+    ("--plain-share 0.5", "unknown flag '--plain-share'"),
     ("--phrasings 13", "--phrasings 13: must be between 1 and 12"),
     ("--eval-looks 9 --eval-attack-steps 4", "--eval-looks 9: must be at most --eval-attack-steps"),
     ("--eval-utility 1", "--eval-utility 1: must be a number, at least 2"),
@@ -278,6 +284,7 @@ BAD = [  # arguments -> what the line says
     ("--task evaluate --text-encoder {wide} --out {new}", "its width is 32"),
     ("--task evaluate --text-encoder {plain} --out {new}", "plain/config.json: not the config of a TextEncoder"),
     ("--task evaluate --text-encoder {empty} --out {new}", "empty/config.json: no such file"),
+    ("--model some/model@main --out {new}", "some/model: no such folder here"),
     ("--task sample --prompts church --out {file}", "file is not a folder that can be written to"),
     ("--precision fp16", "--precision 'fp16': choose from fp32, bf16"),
     ("--out {file}", "file is not a folder that can be written to"),
@@ -334,7 +341,7 @@ def test_out_of_gpu_memory_says_what_lowers_it(monkeypatch, tmp_path):
     def load_model(config):
         raise torch.cuda.OutOfMemoryError
 
-    monkeypatch.setattr(au, "load_model", load_model)
+    monkeypatch.setattr(experiment, "load_model", load_model)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**34)
     status, line, _ = cli("--out", str(tmp_path / "new"))
     assert status == 1 and "16.0 GiB in use" in line and "--low-memory" in line
@@ -342,11 +349,11 @@ def test_out_of_gpu_memory_says_what_lowers_it(monkeypatch, tmp_path):
 
 def test_concept_names_stay_inside_the_output_folder():
     for name in ("../x", "/etc/passwd", "..", "a/../../b", "C:\\x"):
-        assert Path("runs", au.report.slug(name)).resolve().parent == Path("runs").resolve()
+        assert Path("runs", prompts.slug(name)).resolve().parent == Path("runs").resolve()
 
 
 def test_no_pickle_and_no_eval_anywhere():
-    ours = [path for folder in (ROOT, ROOT / "sd_mini", ROOT / "sd_mini/toy", ROOT / "tests") for path in folder.glob("*.py")]
+    ours = [path for folder in ("", "sd_mini", "sd_mini/lab", "sd_mini/toy", "tests") for path in (ROOT / folder).glob("*.py")]
     words = ["torch." + "load", "import " + "pickle", "ev" + "al(", "ex" + "ec("]
     found = [(path.name, word) for path in ours for word in words
              if word in path.read_text().replace(".ev" + "al()", "")]

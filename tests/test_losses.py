@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import advunlearn as au
-from sd_mini.report import wilson
+from sd_mini.lab.evaluation import wilson
 from sd_mini.schedule import Schedule
 
 SCHEDULE = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",

@@ -293,13 +293,15 @@ def hub(v1, tmp_path, monkeypatch):
 
 def test_hub_id_from_the_cache(v1, hub):
     assert_same_networks(sd_mini.load(hub), v1[0])
-    encoder = sd_mini.load_text_encoder(f"{hub}:church_unlearned")
     ids = torch.arange(24)[None]
-    close(encoder(ids), v1[0].text_encoder(ids).last_hidden_state)
+    for source in (f"{hub}:church_unlearned", f"{hub}@main:church_unlearned"):
+        encoder = sd_mini.load_text_encoder(source)
+        close(encoder(ids), v1[0].text_encoder(ids).last_hidden_state)
+    assert_same_networks(sd_mini.load(f"{hub}@main"), v1[0])
 
 
 @pytest.mark.parametrize("source, message", [
-    ("someone/else", "the hub cannot be reached"), ("someone/tiny@x", "no such folder or file"), ("nothing", "no such folder")])
+    ("someone/else", "the hub cannot be reached"), ("someone/tiny@other", "the hub cannot be reached"), ("nothing", "no such folder")])
 def test_what_is_not_there_says_so_in_one_line(hub, source, message):
     with pytest.raises(ValueError, match=message) as error:
         sd_mini.load(source)

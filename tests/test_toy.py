@@ -1,13 +1,13 @@
-"""The toy world and its judge: what the whole project stands on."""
+"""The toy world and its classifier: what the whole project stands on."""
 import itertools
 
 import numpy as np
 import pytest
 import torch
 
-import advunlearn as au
 from sd_mini.toy import world
-from sd_mini.toy.judge import LABELS, load_judge
+from sd_mini.lab.prompts import read_concepts
+from sd_mini.toy.classifier import LABELS, load_classifier
 from sd_mini.toy.train import disturb
 
 ERASABLE = ["church", "garbage truck", "parachute", "tench"]
@@ -25,7 +25,7 @@ def test_drawing_is_seeded_and_every_object_place_and_style_draws():
 @pytest.mark.parametrize("concept", [*ERASABLE, "van gogh"])
 def test_synonyms_share_no_token_with_the_name(sd, concept):
     """Else erasing the name erases the synonym with it, and there is no loophole for an attack to find."""
-    listed = au.read_concepts(concept)[0].synonyms
+    listed = read_concepts(concept)[0].synonyms
     in_captions = " ".join(world.OBJECTS.get(concept, world.STYLES.get(concept, {}))).split()
     assert len(listed) >= 2 and all(word in in_captions for synonym in listed for word in synonym.split())
     name, *synonyms = (set(sd.tokenizer(words).input_ids[1:-1]) for words in (concept, *listed))
@@ -49,20 +49,20 @@ def test_captions_are_varied_fit_the_context_and_are_whole_words(sd):
     assert max(len(row) - 2 - len(caption.split()) for row, caption in zip(ids, captions)) == 0
 
 
-def test_judge_is_right_on_freshly_drawn_pictures():
+def test_classifier_is_right_on_freshly_drawn_pictures():
     rng = np.random.default_rng(77)
     scenes = [world.random_scene(rng) for _ in range(300)]
     pictures = torch.from_numpy(np.stack([world.draw(s, rng).transpose(2, 0, 1) for s in scenes])).float() / 255
-    found = load_judge().labels(pictures)
+    found = load_classifier().labels(pictures)
     for kind in ("object", "style"):
         assert np.mean([f == getattr(s, kind) for f, s in zip(found[kind], scenes)]) >= 0.98
     ruined = disturb(pictures, torch.ones(300) > 0, torch.Generator().manual_seed(77))  # as an erased model draws at times
-    assert load_judge().labels(ruined)["object"].count("nothing") >= 0.98 * 300
+    assert load_classifier().labels(ruined)["object"].count("nothing") >= 0.98 * 300
 
 
 def test_the_toy_draws_what_is_asked(sd):
     prompts = [f"a photo of a {name}" for name in world.OBJECTS] + ["a sketch of a house", "a painting of a tree by van gogh"]
-    found = load_judge().labels(sd.sample(prompts, seed=list(range(len(prompts))), steps=15))
+    found = load_classifier().labels(sd.sample(prompts, seed=list(range(len(prompts))), steps=15))
     right = [f == name for f, name in zip(found["object"], world.OBJECTS)] + [found["style"][-2] == "sketch",
                                                                               found["style"][-1] == "van gogh"]
     assert sum(right) >= len(right) - 1

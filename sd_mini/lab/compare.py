@@ -197,7 +197,7 @@ def place_labels(labels, width, height):
 
     for label, (x, y) in sorted(labels.items(), key=lambda item: -item[1][1]):
         size = width * len(label)
-        steps = (0, 1, -1, 2, -2, 3, -3, 4, -4, 5, -5)
+        steps = sorted(range(-40, 41), key=abs)
         places = [(x + side, y + height * step / 2) for step in steps
                   for side in (2 * width, 6 * width, -2 * width - size)]
         left, middle = next((p for p in places if free(p[0], p[0] + size, p[1])), places[0])

@@ -84,7 +84,7 @@ def check_finite(history):
         losses = ", ".join(f"{name} {loss}" for name, loss in history[-1].items())
         raise ArithmeticError(
             f"iteration {len(history) - 1}: a loss is not finite ({losses}); the last checkpoint "
-            "is whole; --overwrite starts anew, with a smaller --lr or --attack-lr")
+            "is whole; start anew with a smaller learning rate")
 
 
 @contextmanager

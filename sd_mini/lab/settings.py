@@ -54,7 +54,7 @@ class Settings:
     overwrite: bool = first(False, "start anew where the folder holds a run")
     seed: int = first(0, "seed of everything random", low=0, high=2**31 - 1)
     device: str | None = first(None, "cpu or cuda (default: cuda where there is one)")
-    judge: str | None = first(None, "MODEL:LABEL: who says what a picture shows (an image classifier "
+    judge: str | None = first(None, "MODEL:LABEL: who says what a picture shows (a classifier "
                               "or CLIP, a folder or MODEL@REVISION of the hub), and its name for "
                               "the concept (default: the concept's; the toy's own)")
 
