@@ -158,44 +158,40 @@ def plot_tradeoff(path, figures, attack, concept):
 
     Up and right is better.
     """
-    points, intervals = {}, {}  # rows at the same place share a point
-    for name, figure in figures.items():
-        utility, asr = figure.get("utility"), figure[f"{attack}_asr"]
-        if utility:  # a classifier may know the concept alone
-            point = 100 * utility["rate"], 100 * (1 - asr["rate"])
-            points.setdefault(point, []).append(name)
-            intervals[point] = [[100 * (u["rate"] - u["low"]), 100 * (u["high"] - u["rate"])]
-                                for u in (utility, {"rate": 1 - asr["rate"], "low": 1 - asr["high"],
-                                                    "high": 1 - asr["low"]})]
+    points = {}
     figure = Figure(figsize=(9, 6.5), layout="constrained")
     axis = figure.subplots()
-    left = min([40, *(x - 5 for x, _ in points)])
+    for name, row in figures.items():
+        utility, asr = row.get("utility"), row[f"{attack}_asr"]
+        if utility:  # a classifier may know the concept alone
+            x, y = points[name] = 100 * utility["rate"], 100 * (1 - asr["rate"])
+            axis.errorbar(x, y, [[y - 100 * (1 - asr["high"])], [100 * (1 - asr["low"]) - y]],
+                          [[x - 100 * utility["low"]], [100 * utility["high"] - x]],
+                          fmt="o", color="C0", ecolor="0.8", elinewidth=1)
+    left = min([40, *(x - 5 for x, _ in points.values())])
     axis.set(xlabel="utility, %", ylabel=f"robustness: 100 - ASR under the {attack} attack, %",
              title=f"erasing {concept}", xlim=(left, 130), ylim=(-6, 106),
              xticks=range(int(left / 20 + 1) * 20, 101, 20))
-    for (x, y), (x_error, y_error) in intervals.items():
-        axis.errorbar(x, y, [[e] for e in y_error], [[e] for e in x_error], fmt="o", color="C0",
-                      ecolor="0.8", elinewidth=1)
-    labels = {", ".join(names): point for point, names in points.items()}
     width = (130 - left) / 105  # of a letter, in units of x; a line is 4.5 high
-    for label, (x, y) in place_labels(labels, width, 4.5).items():
-        axis.annotate(label, labels[label], (x, y), fontsize=8, va="center",
+    for name, place in place_labels(points, left, width, 4.5).items():
+        axis.annotate(name, points[name], place, fontsize=8, va="center",
+                      bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8},
                       arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6})
     axis.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
 
 
-def place_labels(labels, width, height):
+def place_labels(points, lowest, width, height):
     """{label: its point} -> {label: where its left middle stands}.
 
-    Each is near its point, and none lies on another.
+    Each is near its point, right of `lowest`, and none lies on another.
     """
-    placed, taken = {}, [(x, x, y) for x, y in labels.values()]  # left, right, middle
+    placed, taken = {}, [(x, x, y) for x, y in points.values()]  # left, right, middle
 
     def free(left, right, middle):
-        return all(right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
+        return left >= lowest and all(right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
 
-    for label, (x, y) in sorted(labels.items(), key=lambda item: -item[1][1]):
+    for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
         size = width * len(label)
         steps = sorted(range(-40, 41), key=abs)
         places = [(x + side, y + height * step / 2) for step in steps

@@ -86,7 +86,9 @@ def train(method, experiment, config, folder=None):
     if dropped:
         print(f"not retained, since they name the concept: {', '.join(dropped)}")
     sd, history = method.train(sd_o, erase, retain, config, folder)
-    if "text_encoder" in trained_parts(sd, sd_o):
+    for part in trained_parts(sd, sd_o):
+        getattr(sd, part).requires_grad_(False)
+    if sd.text_encoder is not sd_o.text_encoder:
         origin = {"erased_from": sd_mini.fingerprint(sd_o.text_encoder)}
         sd.text_encoder.config = {**sd.text_encoder.config, **origin}
     return sd, history

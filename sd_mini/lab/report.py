@@ -3,7 +3,7 @@ import re
 import subprocess
 import textwrap
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import matplotlib.image
@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
 
 from ..weights import TOY_UNETS
+from .settings import Settings
 
 COLUMNS = {  # figure -> its name, the same short, what it counts
     "pre_attack_asr": ("pre-attack ASR", "pre",
@@ -219,7 +220,7 @@ from diffusers import StableDiffusionPipeline
 from {library} import {cls}
 
 {part} = {cls}.from_pretrained("{folder}")
-pipeline = StableDiffusionPipeline.{opener}("{source}", {part}={part})
+pipeline = StableDiffusionPipeline.{opener}({source}{part}={part})
 pipeline("a photo of a {concept}").images[0].save("picture.png")
 ```
 """
@@ -232,20 +233,18 @@ def model_card(config, described, results, part, source, folder):
     folder of the original model.
     """
     model, text = str(config.model), part == "text_encoder"
-    hub, single_file = model.count("/") == 1 and not Path(model).exists(), Path(model).is_file()
-    own = asdict(config)
-    settings = [f"{name} {own[name]}" for name in CARD_SETTINGS if name in own]
+    hub_id, _, revision = model.partition("@")
+    hub, single_file = hub_id.count("/") == 1 and not Path(model).exists(), Path(model).is_file()
+    origin = hub_id if hub else model if single_file else source
+    pinned = f'revision="{revision}", ' if hub and revision else ""
+    general = {f.name for f in fields(Settings)} - {"seed"}
+    own = [f"{name} {value}" for name, value in asdict(config).items() if name not in general]
     return CARD.format(
-        base=f"base_model: {model}\n" if hub else "", model=model, concept=config.concept,
+        base=f"base_model: {hub_id}\n" if hub else "", model=model, concept=config.concept,
         license="mit" if model in TOY_UNETS else
         "creativeml-openrail-m" if "stable-diffusion-v1" in model else "other",
-        part=part, method=described, settings=", ".join(settings), table=table(results),
+        part=part, method=described, settings=", ".join(own), table=table(results),
         k=config.eval_prefix, steps=config.eval_attack_steps, folder=folder,
         opener="from_single_file" if single_file else "from_pretrained",
-        source=model if hub or single_file else source,
-        library="transformers" if text else "diffusers",
+        source=f'"{origin}", {pinned}', library="transformers" if text else "diffusers",
         cls="CLIPTextModel" if text else "UNet2DConditionModel")
-
-
-CARD_SETTINGS = ("steps", "warmup", "lr", "layers", "attack", "attack_steps", "attack_lr", "prefix",
-                 "retain_weight", "retain_batch", "seed")

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Callable, NamedTuple, get_args, get_type_hints
 
@@ -64,7 +64,7 @@ class Settings:
                              "CSV file of your own")
     retain_unfiltered: bool = False  # keep the retain prompts that name the concept
 
-    eval_attacks: tuple[str, ...] = evaluation((), "attacks in evaluation")
+    eval_attacks: tuple[str, ...] = evaluation((), "attacks in evaluation (default: all)")
     eval_set: str | None = evaluation(None, "CSV of the prompts to attack (default: "
                                       "prompts/CONCEPT.csv, or from templates)")
     eval_prompts: int = evaluation(50, "prompts of the concept to attack; at most as many of "
@@ -265,6 +265,11 @@ def resolve(method, given):
     concept = prompts.concept_settings(given.get("concept", defaults["concept"]), defaults)
     toy = {**TOY, **method.toy} if model in TOY_UNETS else {}
     config = method.config(**{**concept, **toy, **given})
+    attacks = (*method.attacks, *method.inversions)
+    if unknown := set(config.eval_attacks) - set(attacks):
+        raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(attacks)}")
+    if not config.eval_attacks:
+        config = replace(config, eval_attacks=attacks)
     config.check(given)
     return config
 
