@@ -189,7 +189,8 @@ def place_labels(points, lowest, width, height):
     placed, taken = {}, [(x, x, y) for x, y in points.values()]  # left, right, middle
 
     def free(left, right, middle):
-        return left >= lowest and all(right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
+        apart = (right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
+        return left >= lowest and all(apart)
 
     for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
         size = width * len(label)
