@@ -1,10 +1,12 @@
 """The project as coursework.
 
-    python -m tests.assignment --out ../homework              a student's copy: exercises blanked, handout, grader
+    python -m tests.assignment --out ../homework              a student's copy, all exercises
     python -m tests.assignment --out ../homework --only 2,5   some exercises
 
-In the copy, `pytest --exercise 3` grades one exercise, `pytest` all; both print a score table and write grade.json. Two
-exercises are open, scored by what the toy then does: `python -m tests.assignment --score 11`, or 12.
+In the copy the functions of the exercises are blank. A handout and the grader are there too.
+`pytest --exercise 3` grades one exercise, `pytest` all. Both print a table of scores and write
+grade.json. Two exercises are open. Their score is what the toy then does:
+`python -m tests.assignment --score 11`, or 12.
 """
 import argparse
 import ast
@@ -25,12 +27,40 @@ from .exercises import CHECKS, EXERCISES, FILES
 ROOT = Path(__file__).parents[1]
 REFERENCE = Path(__file__).with_name("reference.zip")  # in a student's copy: the solutions
 SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
-    11: (9, "a better attack", "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the same number of "
-         "steps (`--eval-attack-steps`); hand in a sentence on why it does.", ["--attack", "none", "--retain-weight", "0",
-         "--train", "cross_attention"]),
-    12: (7, "a better retain set", "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that AdvUnlearn keeps "
-         "more, styles included, and stays as robust.", ["--retain-set", "mine"]),
+    11: (
+        9,
+        "a better attack",
+        "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the "
+        "same number of steps (`--eval-attack-steps`); hand in a sentence on why it does.",
+        ["--attack", "none", "--retain-weight", "0", "--train", "cross_attention"],
+    ),
+    12: (
+        7,
+        "a better retain set",
+        "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that "
+        "AdvUnlearn keeps more, styles included, and stays as robust.",
+        ["--retain-set", "mine"],
+    ),
 }
+SCORES = ("pre_attack_asr", "token_asr", "embedding_asr", "utility", "neighbours", "styles")
+HANDOUT = """\
+# AdvUnlearn: exercises
+
+Replace each `raise NotImplementedError` by the body that signature and docstring ask for. The
+equations are in `TUTORIAL.md`. `pytest --exercise 3` grades one exercise, `pytest` all of them.
+Each is graded by itself: a wrong one costs no points in the others. You can choose the seeds,
+`pytest --grade-seed 7`: a copied constant does not pass.
+
+    pip install -r requirements.txt
+    pytest --exercise 1
+
+| exercise | what | where | TUTORIAL.md |
+| --- | --- | --- | --- |
+{rows}
+
+The open exercises are scored by what the toy then does. A score takes a few minutes on a laptop:
+`python -m tests.assignment --score 11`.
+"""
 
 
 # --- the student's copy
@@ -42,24 +72,30 @@ def functions(tree):
         if isinstance(node, ast.FunctionDef):
             found[node.name] = node
         elif isinstance(node, ast.ClassDef):
-            found |= {f"{node.name}.{item.name}": item for item in node.body if isinstance(item, ast.FunctionDef)}
+            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+            found |= {f"{node.name}.{item.name}": item for item in methods}
     return found
 
 
 def blank(source, name, message):
-    """The source with one function's body, after its docstring, replaced by `raise NotImplementedError(message)`."""
+    """The source, where one function's body is `raise NotImplementedError(message)` instead.
+
+    Its docstring stays.
+    """
     node, lines = functions(ast.parse(source))[name], source.splitlines(keepends=True)
     first = node.body[1] if ast.get_docstring(node) else node.body[0]
     indent = " " * first.col_offset
-    return "".join([*lines[: first.lineno - 1], f"{indent}raise NotImplementedError({json.dumps(message)})\n", *lines[node.end_lineno :]])
+    body = f"{indent}raise NotImplementedError({json.dumps(message)})\n"
+    return "".join([*lines[: first.lineno - 1], body, *lines[node.end_lineno :]])
 
 
 def make(out, only=()):
-    """Write the student's copy to a folder that does not exist yet."""
+    """Write the student's copy to a new folder."""
     if out.exists():
         print(f"error: --out {out}: is there already", file=sys.stderr)
         sys.exit(2)
-    chosen = {number: exercise for number, exercise in EXERCISES.items() if not only or number in only}
+    chosen = {number: exercise for number, exercise in EXERCISES.items()
+              if not only or number in only}
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip")
     for name in ("sd_mini", "prompts", "tests"):
         shutil.copytree(ROOT / name, out / name, ignore=ignore)
@@ -80,36 +116,36 @@ def make(out, only=()):
 
 
 def handout(chosen):
-    lines = ["# AdvUnlearn: exercises", "",
-             "Replace each `raise NotImplementedError` by the body that signature and docstring ask for; `TUTORIAL.md` has the",
-             "equations. `pytest --exercise 3` grades one exercise, `pytest` all of them; each is graded by itself, so that a wrong",
-             "one cannot sink the others. Seeds can be given, `pytest --grade-seed 7`: a copied constant does not pass.", "",
-             "    pip install -r requirements.txt", "    pytest --exercise 1", "", "| exercise | what | where | TUTORIAL.md |", "| --- | --- | --- | --- |"]
+    """The text of HANDOUT.md: how to work, and a table of the exercises."""
+    rows = []
     for n, e in chosen.items():
         where = "; ".join(f"{', '.join(f'`{name}`' for name in names)} in `{file}`"
                           for file, names in e.functions.items())
-        lines.append(f"| {n} | {e.title} | {where} | section {e.section} |")
-    lines += [f"| {n} | {title} (open) | {task} | section {section} |" for n, (section, title, task, _) in SCORED.items()]
-    lines += ["", "The open exercises are scored by what the toy then does: `python -m tests.assignment --score 11`, a few minutes on a laptop."]
-    return "\n".join(lines) + "\n"
+        rows.append(f"| {n} | {e.title} | {where} | section {e.section} |")
+    for n, (section, title, task, _) in SCORED.items():
+        rows.append(f"| {n} | {title} (open) | {task} | section {section} |")
+    return HANDOUT.format(rows="\n".join(rows))
 
 
 def score(number):
-    """Run an open exercise in this folder, and print what counts."""
+    """Run an open exercise in this folder, and print the figures that count."""
     *_, flags = SCORED[number]
     out = ROOT / f"runs/exercise-{number}"
-    run = subprocess.run([sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite", "--out", str(out)], cwd=ROOT)
+    command = [sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite",
+               "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT)
     if run.returncode:
-        sys.exit("error: that run failed, see above; the blanks of exercises 1 to 10 must be filled before an open one is scored")
+        sys.exit("error: that run failed, see above; the blanks of exercises 1 to 10 must be "
+                 "filled before an open one is scored")
     figures = json.loads((out / "results.json").read_text())["results"]["erased"]
-    print(f"Exercise {number}  " + ", ".join(f"{name} {100 * figures[name]['rate']:.0f} %" for name in (
-        "pre_attack_asr", "token_asr", "embedding_asr", "utility", "neighbours", "styles")))
+    rates = [f"{name} {100 * figures[name]['rate']:.0f} %" for name in SCORES]
+    print(f"Exercise {number}  " + ", ".join(rates))
 
 
 # --- grading
 
 def load_module(name, path):
-    """A file as a module of that name, without touching the module of its own name."""
+    """A file as a module of that name. A module of the file's own name is left as it is."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -123,7 +159,7 @@ def students():
 
 
 def references():
-    """{file: module} with the solutions: this project's own, or, in a student's copy, the zip's."""
+    """{file: module} with the solutions: this project's, or in a student's copy those of the zip."""
     if not REFERENCE.is_file():
         return students()
     if str(REFERENCE) not in sys.path:
@@ -138,7 +174,7 @@ def lookup(module, name):
 
 
 class Solution:
-    """What a check sees: the student's modules, where other exercises' functions are the reference's."""
+    """What a check sees: the student's modules, with the reference's functions for the others."""
 
     def __init__(self, modules, sd):
         self.modules, self.sd, self.schedule = modules, sd, sd.schedule
@@ -148,7 +184,7 @@ class Solution:
                     if hasattr(module, name))
 
     def small(self, **changes):
-        """A config for the toy, of few small steps."""
+        """A config for the toy, with few and small steps."""
         return self.Config(**{**TOY, **self.TOY, "model": "toy", "device": "cpu", "attack_steps": 2,
                               "trajectories": 4, "trajectory_steps": 4, "erase_batch": 4,
                               "retain_batch": 2, "plain_share": 0.0, **changes})
@@ -156,9 +192,9 @@ class Solution:
 
 @contextlib.contextmanager
 def standing_in(number, student, reference, sd):
-    """The student's functions for exercise `number`, the reference's for the others.
+    """-> Solution, with the student's functions for exercise `number`, else the reference's.
 
-    -> Solution; undone afterwards.
+    The student's modules are as before at the end.
     """
     undo = []
     for n, exercise in EXERCISES.items():
@@ -176,7 +212,10 @@ def standing_in(number, student, reference, sd):
 
 
 def grade(number, student, reference, sd, seeds=(0, 1), whole=True):
-    """-> {check: None where it passes on all seeds, else what was expected}; unless `whole`, up to the first lost point."""
+    """-> {check: None where it passes on all seeds, else what was expected}.
+
+    Without `whole`, grading ends at the first lost point.
+    """
     points = {}
     with standing_in(number, student, reference, sd) as solution:
         for check in CHECKS[number]:
@@ -185,7 +224,9 @@ def grade(number, student, reference, sd, seeds=(0, 1), whole=True):
                 try:
                     check(solution, seed)
                 except Exception as error:  # a student's code may do anything
-                    points[check.__name__] = f"{error}" if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+                    expected = isinstance(error, AssertionError)
+                    message = f"{error}" if expected else f"{type(error).__name__}: {error}"
+                    points[check.__name__] = message
                     break
             if points[check.__name__] and not whole:
                 break
@@ -193,7 +234,8 @@ def grade(number, student, reference, sd, seeds=(0, 1), whole=True):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder for the student's copy")
     parser.add_argument("--only", default="", help="exercises, with commas")
     parser.add_argument("--score", type=int, choices=list(SCORED), help="run an open exercise")

@@ -1,10 +1,11 @@
-"""What things cost, as ratios of two sides measured in one run: these are the README's tables.
+"""What things cost. The README's tables come from here.
 
     python -m tests.bench              all rows, some twenty minutes on two cores
     python -m tests.bench help toy     some rows
 
-A UNet evaluation is one picture through the UNet once; a backward counts as two more. The rows at Stable Diffusion's own size
-need CUDA, and no download: random weights cost what trained ones cost.
+A row that compares gives a ratio; both sides are measured in one run. A UNet evaluation is one
+picture through the UNet once. A backward counts as two more. The rows at Stable Diffusion's own
+size need CUDA. They need no download: random weights cost what trained ones cost.
 """
 import argparse
 import platform
@@ -29,27 +30,57 @@ GPU = "cuda" if torch.cuda.is_available() else None
 PAPER = au.Config(model="toy", device="cpu", layers=0)  # the paper's schedule, on the toy's weights
 
 V1 = {  # the configs of CompVis/stable-diffusion-v1-4
-    "unet": dict(in_channels=4, out_channels=4, sample_size=64, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280),
-                 cross_attention_dim=768, attention_head_dim=8,
-                 down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-                 up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3),
-    "vae": dict(in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(128, 256, 512, 512), layers_per_block=2,
-                down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
-    "text_encoder": dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                         max_position_embeddings=77, hidden_act="quick_gelu"),
+    "unet": dict(
+        in_channels=4,
+        out_channels=4,
+        sample_size=64,
+        layers_per_block=2,
+        block_out_channels=(320, 640, 1280, 1280),
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    ),
+    "vae": dict(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(128, 256, 512, 512),
+        layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    ),
+    "text_encoder": dict(
+        vocab_size=49408,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu",
+    ),
 }
 
 
 def schedule(config, prompts=(1, 80)):
-    """UNet evaluations of training, in closed form, for so many prompts to erase and to retain. With the bank, trajectories
-    for both are sampled once, at least one a prompt:
+    """UNet evaluations of training, in closed form.
 
-        (trajectories + trajectories) * trajectory_steps * 2    +    each step, 3 a latent (with gamma 0, 1 of the retain ones)
+    `prompts`: how many there are to erase and to retain. `plain_share` is taken for 0.
 
-    Afresh, each latent drawn costs a guided run up to a step drawn evenly, 2 * (trajectory_steps + 1) / 2 on average.
+    Each latent in a loss costs 3. With gamma 0 a retain latent costs 1. What is sampled comes on
+    top. With the bank there are trajectories for both kinds of prompts. They are sampled once, at
+    least one a prompt:
+
+        (trajectories + trajectories) * trajectory_steps * 2
+
+    Afresh, each latent drawn costs a guided run up to a step drawn evenly. On average that is
+
+        2 * (trajectory_steps + 1) / 2
     """
-    attacks = 0 if config.attack == "none" else (config.steps - config.warmup) * config.attack_steps
-    erase, retain = (attacks + config.steps) * config.erase_batch, config.steps * config.retain_batch
+    attacked = 0 if config.attack == "none" else config.steps - config.warmup
+    attacks = attacked * config.attack_steps
+    erase = (attacks + config.steps) * config.erase_batch
+    retain = config.steps * config.retain_batch
     trained = 3 * erase + (3 if config.retain_weight else 1) * retain
     if config.fresh_trajectories:
         return trained + (erase + retain) * (config.trajectory_steps + 1)
@@ -57,18 +88,33 @@ def schedule(config, prompts=(1, 80)):
 
 
 def evaluation_work(config, related=20):
-    """UNet evaluations of scoring one model, in closed form, where no attack breaks anything: pictures of the concept's, the
-    utility and the related prompts (church has 8 paraphrases and 12 neighbours); each attack's steps, 3 a prompt; its looks."""
+    """UNet evaluations of evaluating one model, in closed form, where no attack breaks anything.
+
+    They are those of the pictures (of the concept's, the utility and the related prompts), of each
+    attack's steps, 3 a prompt, and of its looks. `related`: for Stable Diffusion church has 8
+    paraphrases and 12 neighbours.
+    """
     drawn = 2 * config.eval_steps * (config.eval_prompts + config.eval_utility + related)
-    attack = config.eval_prompts * (3 * config.eval_attack_steps + 2 * config.eval_steps * config.eval_looks)
+    looks = 2 * config.eval_steps * config.eval_looks
+    attack = config.eval_prompts * (3 * config.eval_attack_steps + looks)
     return drawn + len(config.eval_attacks) * attack
 
 
 def iterations(sd, config):
-    """Run the outer loop -> seconds without the bank's sampling, which is paid once, UNet evaluations of everything."""
+    """Run the outer loop -> (seconds, UNet evaluations).
+
+    The seconds are without the bank's sampling, since a run pays for it once. The evaluations are
+    those of everything.
+    """
     work, times = Work(sd), []
     source = au.trajectory_bank
-    au.trajectory_bank = lambda *a, **k: (source(*a, **k), times.append(time.time()))[0]
+
+    def timed(*arguments, **keywords):
+        draw = source(*arguments, **keywords)
+        times.append(time.time())
+        return draw
+
+    au.trajectory_bank = timed
     begin = time.time()
     try:
         au.advunlearn(sd, ["church"], ["a photo of a house", "a photo of a boat"], config)
@@ -78,9 +124,10 @@ def iterations(sd, config):
 
 
 def v1(dtype):
-    """Stable Diffusion 1's networks with random weights, the text encoder in fp32; the toy's tokenizer serves."""
+    """Stable Diffusion 1 with random weights and the toy's tokenizer. Its text encoder is in fp32."""
     with torch.device(GPU):
-        parts = {part: PARTS[part][0](config).requires_grad_(False).to(dtype) for part, config in V1.items()}
+        parts = {part: PARTS[part][0](config).requires_grad_(False).to(dtype)
+                 for part, config in V1.items()}
     parts["text_encoder"].float()
     return replace(sd_mini.load("toy"), **parts)
 
@@ -89,6 +136,8 @@ def spread(values):
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
+# --- the rows: a docstring says what is measured, and is printed
+
 def bench_evaluations():
     """A default run, against the published schedule."""
     ours, published = schedule(PAPER), schedule(replace(PAPER, fresh_trajectories=True))
@@ -96,15 +145,19 @@ def bench_evaluations():
 
 
 def bench_evaluation():
-    """Evaluating one encoder, 50 prompts, both attacks, if none succeeds, against training it, UNet evaluations"""
+    """Evaluating one encoder, 50 prompts, both attacks, if none succeeds, against training it,
+    UNet evaluations
+    """
     ours, training = evaluation_work(PAPER), schedule(PAPER)
     return f"{ours:,} against {training:,}: {ours / training:.2f} times as many", "1 times as many"
 
 
 def bank_against_fresh(ours, published, config, repeats):
-    """An iteration's seconds, of the one model with the bank and of the other afresh -> the row's text."""
-    bank, fresh = zip(*((iterations(ours, config)[0], iterations(published, replace(config, fresh_trajectories=True))[0])
-                        for _ in tqdm(range(repeats), "iteration")))
+    """Time an iteration, of `ours` with the bank and of `published` afresh -> the row's text."""
+    anew, bank, fresh = replace(config, fresh_trajectories=True), [], []
+    for _ in tqdm(range(repeats), "iteration"):
+        bank.append(iterations(ours, config)[0])
+        fresh.append(iterations(published, anew)[0])
     ratio = statistics.median(fresh) / statistics.median(bank)
     return f"{spread(bank)} s against {spread(fresh)} s: {ratio:.1f} times less"
 
@@ -147,7 +200,8 @@ def bench_sampling(repeats=5, prompts=8, steps=20):
         return "diffusers is not installed", "1 times as fast"
 
     sd, folder = sd_mini.load("toy"), sd_mini.weights.TOY
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float32)  # its files are in fp16
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline = pipeline.to(torch.float32)  # its files are in fp16
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     texts, seeds = ["a photo of a church"] * prompts, list(range(prompts))
@@ -156,18 +210,24 @@ def bench_sampling(repeats=5, prompts=8, steps=20):
         begin = time.time()
         sd.sample(texts, seed=seeds, steps=steps)
         middle = time.time()
-        pipeline(texts, latents=sd.initial_noise(seeds), num_inference_steps=steps, output_type="pt")
-        ours.append(middle - begin), theirs.append(time.time() - middle)
-    ours, theirs = ours[1:], theirs[1:]  # the first warms up
-    return f"{spread(ours)} s against {spread(theirs)} s: {statistics.median(theirs) / statistics.median(ours):.2f} times as fast", "1 times as fast"
+        pipeline(texts, latents=sd.initial_noise(seeds), num_inference_steps=steps,
+                 output_type="pt")
+        end = time.time()
+        ours.append(middle - begin)
+        theirs.append(end - middle)
+    ours, theirs = ours[1:], theirs[1:]  # the first, which is slower, does not count
+    ratio = statistics.median(theirs) / statistics.median(ours)
+    measured = f"{spread(ours)} s against {spread(theirs)} s: {ratio:.2f} times as fast"
+    return measured, "1 times as fast"
 
 
 def bench_toy():
     """The README's first command, evaluation included; and how its time is shared."""
     with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "advunlearn.py", "--concept", "church", "--device", "cpu",
+                   "--model", "toy", "--out", folder + "/run"]
         begin = time.time()
-        subprocess.run([sys.executable, "advunlearn.py", "--concept", "church", "--device", "cpu", "--model", "toy", "--out", folder + "/run"],
-                       cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         took, results = time.time() - begin, sd_mini.read_json(Path(folder) / "run/results.json")
     training = 60 * results["results"]["erased"]["minutes"]
     return f"{took:.0f} s, of which training {training:.0f} s", "180 s"
@@ -175,25 +235,32 @@ def bench_toy():
 
 def bench_help(repeats=5):
     """python advunlearn.py --help"""
+    command = [sys.executable, "advunlearn.py", "--help"]
+
     def once():
         begin = time.time()
-        subprocess.run([sys.executable, "advunlearn.py", "--help"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         return time.time() - begin
+
     return f"{spread([once() for _ in range(repeats)])} s", "0.5 s"
 
 
-ROWS = {name.removeprefix("bench_"): function for name, function in list(globals().items()) if name.startswith("bench_")}
+ROWS = {name.removeprefix("bench_"): function
+        for name, function in list(globals().items()) if name.startswith("bench_")}
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=[])
     rows = parser.parse_args().rows or list(ROWS)
-    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}; "
-          "median (least to most)\n\n| what | measured | goal |\n| --- | --- | --- |", flush=True)
+    print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
+          f"{torch.get_num_threads()} threads, {platform.machine()}; median (least to most)\n\n"
+          "| what | measured | goal |\n| --- | --- | --- |", flush=True)
     for name in rows:
         measured, goal = ROWS[name]()
-        print(f"| {ROWS[name].__doc__.splitlines()[0].rstrip('.')} | {measured} | {goal} |", flush=True)
+        what = " ".join(ROWS[name].__doc__.split()).rstrip(".")
+        print(f"| {what} | {measured} | {goal} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The exercises: what is blanked, and the checks that grade it.
 
-Each check takes `s`, a namespace in which the exercise's functions are the student's and all others the reference's, and
-a seed; it asserts, and says in the field's words what was expected. A copied constant passes no second seed.
+Each check takes `s` and a seed. In the namespace `s` the exercise's functions are the student's,
+and all others are the reference's. A check asserts, and says in the words of the field what was
+expected. A copied constant does not pass a second seed.
 """
 from __future__ import annotations
 
@@ -33,8 +34,9 @@ EXERCISES = {
     6: Exercise("embedding attack", {PAPER: ("embedding_attack",)}, 4),
     7: Exercise("projection onto the simplex", {PAPER: ("project_simplex",)}, 4),
     8: Exercise("token attack", {PAPER: ("token_attack",)}, 4),
-    9: Exercise("retain loss and set", {PAPER: ("retain_loss",), "sd_mini/lab/prompts.py": (
-        "one_of", "without_concept")}, 6),
+    9: Exercise("retain loss and set",
+                {PAPER: ("retain_loss",), "sd_mini/lab/prompts.py": ("one_of", "without_concept")},
+                6),
     10: Exercise("outer loop", {PAPER: ("advunlearn",)}, 5),
 }
 FILES = sorted({file for exercise in EXERCISES.values() for file in exercise.functions})
@@ -49,12 +51,18 @@ def check(number):
 
 
 def close(found, expected, what, tolerance=1e-4):
+    """Assert that two tensors are close.
+
+    The message names one factor where that is all that is wrong: a sign, or a sum for a mean.
+    """
     found, expected = torch.as_tensor(found), torch.as_tensor(expected)
-    assert found.shape == expected.shape, f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}"
+    assert found.shape == expected.shape, (
+        f"{what}: shape {tuple(found.shape)}, expected {tuple(expected.shape)}")
     found, expected = found.detach().double(), expected.detach().double()
     worst, ratio = (found - expected).abs().max().item(), (found / expected).flatten()
-    everywhere = ratio[0].isfinite() and (ratio - ratio[0]).abs().max() < 1e-3 * ratio[0].abs()  # a sign, a sum for a mean
-    assert worst <= tolerance, f"{what}: off by {worst:.3g}" + (f", {ratio[0]:.3g} times what it should be" if everywhere else "")
+    everywhere = ratio[0].isfinite() and (ratio - ratio[0]).abs().max() < 1e-3 * ratio[0].abs()
+    factor = f", {ratio[0]:.3g} times what it should be" if everywhere else ""
+    assert worst <= tolerance, f"{what}: off by {worst:.3g}{factor}"
 
 
 def random(seed, *shape):
@@ -67,19 +75,23 @@ def random(seed, *shape):
 def is_the_closed_form(s, seed):
     x_0, eps, t = random(seed, 3, 4, 2, 2), random(seed + 1, 3, 4, 2, 2), torch.tensor([1, 400, 980])
     a = s.schedule.alpha_bar[t].view(3, 1, 1, 1)
-    close(s.schedule.add_noise(x_0, eps, t), a.sqrt() * x_0 + (1 - a).sqrt() * eps, "x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps")
+    close(s.schedule.add_noise(x_0, eps, t), a.sqrt() * x_0 + (1 - a).sqrt() * eps,
+          "x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps")
 
 
 @check(1)
 def keeps_variance_one(s, seed):
-    x = s.schedule.add_noise(random(seed, 1, 200_000), random(seed + 1, 1, 200_000), 500)
-    close(x.var(), torch.tensor(1.0), "the variance of x_t, for x_0 and eps of variance 1", 0.02)
+    x_0, eps = random(seed, 1, 200_000), random(seed + 1, 1, 200_000)
+    x_t = s.schedule.add_noise(x_0, eps, 500)
+    close(x_t.var(), torch.tensor(1.0), "the variance of x_t, for x_0 and eps of variance 1", 0.02)
 
 
 @check(1)
 def takes_one_t_for_all(s, seed):
     x_0, eps = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
-    close(s.schedule.add_noise(x_0, eps, 300), s.schedule.add_noise(x_0, eps, torch.tensor([300, 300])), "a scalar t, for all pictures")
+    close(s.schedule.add_noise(x_0, eps, 300),
+          s.schedule.add_noise(x_0, eps, torch.tensor([300, 300])),
+          "a scalar t, for all pictures")
 
 
 @check(3)
@@ -87,14 +99,17 @@ def finds_the_picture_in_one_step(s, seed):
     x_0, eps = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
     clean = s.schedule.alpha_bar_at(-1, x_0)
     x_t = s.schedule.add_noise(x_0, eps, 600)
-    close(s.schedule.ddim_step(x_t, eps, 600, -1), clean.sqrt() * x_0 + (1 - clean).sqrt() * eps, "a step to the end, with the true noise")
+    close(s.schedule.ddim_step(x_t, eps, 600, -1),
+          clean.sqrt() * x_0 + (1 - clean).sqrt() * eps,
+          "a step to the end, with the true noise")
 
 
 @check(3)
 def goes_to_the_same_noise_at_t_prev(s, seed):
     x_0, eps = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
     x_t = s.schedule.add_noise(x_0, eps, 700)
-    close(s.schedule.ddim_step(x_t, eps, 700, 300), s.schedule.add_noise(x_0, eps, 300), "with the true noise, x_prev is x_0 noised to t_prev")
+    close(s.schedule.ddim_step(x_t, eps, 700, 300), s.schedule.add_noise(x_0, eps, 300),
+          "with the true noise, x_prev is x_0 noised to t_prev")
 
 
 @check(3)
@@ -102,7 +117,8 @@ def guidance_is_a_line_through_both_predictions(s, seed):
     c, empty = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
     close(s.schedule.guide(c, empty, 0.0), empty, "guidance 0: the empty prompt's prediction")
     close(s.schedule.guide(c, empty, 1.0), c, "guidance 1: the prompt's prediction")
-    close(s.schedule.guide(c, empty, 7.5), empty + 7.5 * (c - empty), "guidance 7.5: eps_empty + 7.5 (eps_c - eps_empty)", 1e-3)
+    close(s.schedule.guide(c, empty, 7.5), empty + 7.5 * (c - empty),
+          "guidance 7.5: eps_empty + 7.5 (eps_c - eps_empty)", 1e-3)
 
 
 # --- 2, 4, 9: the losses, on a model whose noise prediction is a known function
@@ -114,11 +130,14 @@ class Toy:
         self.schedule, self.theta = s.schedule, torch.tensor(theta, requires_grad=True)
 
     def predict_noise(self, x_t, t, context):
-        return self.theta * x_t + context.mean((1, 2)).view(-1, 1, 1, 1) + torch.as_tensor(t).view(-1, 1, 1, 1) / 1000
+        of_context = context.mean((1, 2)).view(-1, 1, 1, 1)
+        return self.theta * x_t + of_context + torch.as_tensor(t).view(-1, 1, 1, 1) / 1000
 
 
 def loss_inputs(seed):
-    return random(seed, 3, 4, 2, 2), torch.tensor([10, 500, 900]), random(seed + 1, 3, 4, 2, 2), random(seed + 2, 3, 5, 6)
+    """-> (x (3, 4, 2, 2), t (3,), another like x, context (3, 5, 6))."""
+    x, other = random(seed, 3, 4, 2, 2), random(seed + 1, 3, 4, 2, 2)
+    return x, torch.tensor([10, 500, 900]), other, random(seed + 2, 3, 5, 6)
 
 
 @check(2)
@@ -128,15 +147,21 @@ def noise_loss_is_the_closed_form(s, seed):
     a = s.schedule.alpha_bar[t].view(3, 1, 1, 1)
     x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
     expected = ((model.predict_noise(x_t, t, c) - eps) ** 2).mean((1, 2, 3))
-    close(s.ddpm_loss(model, x_0, t, eps, c), expected, "|| eps - eps_theta(x_t | c) ||^2, a mean over each picture's coordinates")
+    close(s.ddpm_loss(model, x_0, t, eps, c), expected,
+          "|| eps - eps_theta(x_t | c) ||^2, a mean over each picture's coordinates")
 
 
 @check(2)
 def noise_loss_is_zero_for_a_perfect_model(s, seed):
     x_0, t, eps, c = loss_inputs(seed)
+
+    def true_noise(x_t, t, context):
+        return eps
+
     perfect = Toy(s)
-    perfect.predict_noise = lambda x_t, t, context: eps
-    close(s.ddpm_loss(perfect, x_0, t, eps, c), torch.zeros(3), "the loss of a model that predicts the noise")
+    perfect.predict_noise = true_noise
+    close(s.ddpm_loss(perfect, x_0, t, eps, c), torch.zeros(3),
+          "the loss of a model that predicts the noise")
 
 
 @check(2)
@@ -150,9 +175,11 @@ def noise_loss_has_gradients(s, seed):
 @check(4)
 def target_turns_the_guidance_round(s, seed):
     c, empty = random(seed, 2, 3), random(seed + 1, 2, 3)
-    close(s.esd_target(c, empty, 1.5), empty - 1.5 * (c - empty), "eps_empty - eta (eps_c - eps_empty)")
+    close(s.esd_target(c, empty, 1.5), empty - 1.5 * (c - empty),
+          "eps_empty - eta (eps_c - eps_empty)")
     close(s.esd_target(c, empty, 0.0), empty, "eta 0: the empty prompt's prediction")
-    close(s.esd_target(empty, empty, 2.0), empty, "where concept and empty prompt agree, nothing is to change")
+    close(s.esd_target(empty, empty, 2.0), empty,
+          "where concept and empty prompt agree, nothing is to change")
 
 
 @check(4)
@@ -160,7 +187,8 @@ def erase_loss_is_per_picture(s, seed):
     x_t, t, target, c = loss_inputs(seed)
     model = Toy(s)
     expected = ((model.predict_noise(x_t, t, c) - target) ** 2).mean((1, 2, 3))
-    close(s.erase_loss(model, x_t, t, c, target), expected, "|| eps_theta(x_t | c) - target ||^2 for each picture")
+    close(s.erase_loss(model, x_t, t, c, target), expected,
+          "|| eps_theta(x_t | c) - target ||^2 for each picture")
 
 
 @check(4)
@@ -176,7 +204,8 @@ def retain_loss_is_the_distance_to_the_original(s, seed):
     x_t, t, eps_r, c = loss_inputs(seed)
     model = Toy(s)
     expected = ((model.predict_noise(x_t, t, c) - eps_r) ** 2).mean((1, 2, 3))
-    close(s.retain_loss(model, x_t, t, c, eps_r), expected, "|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2 for each picture")
+    close(s.retain_loss(model, x_t, t, c, eps_r), expected,
+          "|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2 for each picture")
 
 
 @check(9)
@@ -190,17 +219,29 @@ def retain_loss_is_zero_at_the_original(s, seed):
 
 @check(9)
 def retain_set_loses_the_concept_as_whole_words(s, seed):
-    prompts = ["a photo of a Church", "a churchill", "a garbage truck", "a truck", "chapels, at night"]
+    prompts = [
+        "a photo of a Church",
+        "a churchill",
+        "a garbage truck",
+        "a truck",
+        "chapels, at night",
+    ]
+    to_keep = ["a churchill", "a truck"]
+    to_drop = ["a photo of a Church", "a garbage truck", "chapels, at night"]
     kept, dropped = s.without_concept(prompts, ("church", "chapel", "garbage truck"))
-    assert (kept, dropped) == (["a churchill", "a truck"], ["a photo of a Church", "a garbage truck", "chapels, at night"]), (
-        f"kept {kept}: prompts that hold a word of the concept, in capitals, plural or before a comma, are dropped; parts of words are not")
+    assert (kept, dropped) == (to_keep, to_drop), (
+        f"kept {kept}: prompts that hold a word of the concept, in capitals, plural or before a "
+        "comma, are dropped; parts of words are not")
 
 
 # --- 5, 7: prompts, and the simplex
 
 @check(5)
 def prefix_stands_behind_the_start(s, seed):
-    ids = torch.tensor([[100, 1, 2, 3, 101, 101, 101, 101], [100, 4, 101, 101, 101, 101, 101, 101]])
+    ids = torch.tensor([
+        [100, 1, 2, 3, 101, 101, 101, 101],
+        [100, 4, 101, 101, 101, 101, 101, 101],
+    ])
     k = 1 + seed % 3
     out = s.insert_prefix(ids, torch.full((2, k), 7))
     assert out.shape == ids.shape, f"shape {tuple(out.shape)}: the length must stay {ids.shape[1]}"
@@ -214,7 +255,8 @@ def prefix_may_be_embeddings(s, seed):
     tokens, prefix = random(seed, 2, 8, 5), random(seed + 1, 2, 3, 5)
     prefix.requires_grad_(True)
     out = s.insert_prefix(tokens, prefix)
-    close(out.detach(), torch.cat([tokens[:, :1], prefix.detach(), tokens[:, 1:5]], 1), "start, prefix, the rest, L long")
+    expected = torch.cat([tokens[:, :1], prefix.detach(), tokens[:, 1:5]], 1)
+    close(out.detach(), expected, "start, prefix, the rest, L long")
     out.sum().backward()
     close(prefix.grad, torch.ones_like(prefix), "the gradient to the prefix")
 
@@ -222,10 +264,11 @@ def prefix_may_be_embeddings(s, seed):
 @check(5)
 def what_does_not_fit_is_refused(s, seed):
     fits = "a photo of a church"
-    length = len(s.sd.tokenizer(fits).input_ids)
-    close(s.tokenize_with_room(s.sd, [fits], s.sd.context_length - length), s.sd.tokenize([fits]), "the ids of a prompt that just fits")
+    room = s.sd.context_length - len(s.sd.tokenizer(fits).input_ids)
+    close(s.tokenize_with_room(s.sd, [fits], room), s.sd.tokenize([fits]),
+          "the ids of a prompt that just fits")
     with raises("a prompt that is one token too long with its prefix"):
-        s.tokenize_with_room(s.sd, [fits], s.sd.context_length - length + 1)
+        s.tokenize_with_room(s.sd, [fits], room + 1)
     with raises("the second of two prompts, which is too long"):
         s.tokenize_with_room(s.sd, [fits, "church " * 30], 1)
 
@@ -254,78 +297,95 @@ def projection_leaves_the_simplex_alone(s, seed):
 
 @check(7)
 def projection_is_the_nearest_point(s, seed):
-    """The projection's conditions: v - p is the same tau wherever p > 0, and at most tau elsewhere."""
+    """The conditions for it: v - p is the same tau wherever p > 0, and at most tau elsewhere."""
     v = 2 * random(seed, 6, 7)
     p = s.project_simplex(v)
     for row, point in zip(v, p):
         taus = (row - point)[point > 1e-6]
-        assert len(taus) and taus.max() - taus.min() < 1e-4, "not the nearest point: what was taken off differs among the positive coordinates"
-        assert (row[point <= 1e-6] <= taus.mean() + 1e-4).all(), "not the nearest point: a coordinate was set to 0 that should be positive"
+        assert len(taus) and taus.max() - taus.min() < 1e-4, (
+            "not the nearest point: what was taken off differs among the positive coordinates")
+        assert (row[point <= 1e-6] <= taus.mean() + 1e-4).all(), (
+            "not the nearest point: a coordinate was set to 0 that should be positive")
 
 
 # --- 6, 8: the attacks, on a loss whose minimum is known
 
 def quadratic(goal):
+    """A loss (N,) of delta (N, k, D): the squared distance of each row to the goal."""
     return lambda delta: (delta - goal).square().flatten(1).sum(1)
 
 
 @check(6)
 def attack_starts_at_the_tokens_and_descends(s, seed):
     table, start = random(seed, 11, 4), torch.tensor([[1, 2], [3, 4]])
-    before = quadratic(torch.zeros(2, 2, 4))(table[start])
-    steps = list(s.embedding_attack(table, start, quadratic(torch.zeros(2, 2, 4)), s.Attack("embedding", 40, 0.05, 2)))
+    loss_of = quadratic(torch.zeros(2, 2, 4))
+    before = loss_of(table[start])
+    steps = list(s.embedding_attack(table, start, loss_of, s.Attack("embedding", 40, 0.05, 2)))
     assert len(steps) == 40, f"{len(steps)} steps, expected 40"
-    close(steps[0][1], before, "the losses before the first step: those of the start tokens' embeddings")
+    close(steps[0][1], before,
+          "the losses before the first step: those of the start tokens' embeddings")
     assert (steps[-1][1] < 0.5 * before).all(), "the loss does not fall"
 
 
 @check(6)
 def attack_takes_adams_steps_with_fresh_gradients(s, seed):
-    table, start, goal = random(seed, 11, 4), torch.tensor([[5, 6]]), random(seed + 1, 1, 2, 4)
+    table, start = random(seed, 11, 4), torch.tensor([[5, 6]])
+    loss_of = quadratic(random(seed + 1, 1, 2, 4))
     delta = table[start].clone().requires_grad_(True)
     adam = torch.optim.Adam([delta], lr=0.03)
     for _ in range(7):
         adam.zero_grad()
-        quadratic(goal)(delta).sum().backward()
+        loss_of(delta).sum().backward()
         adam.step()
-    *_, (found, _) = s.embedding_attack(table, start, quadratic(goal), s.Attack("embedding", 7, 0.03, 2))
-    close(found, delta.detach(), "delta after 7 steps of Adam (do gradients pile up? is the loss a sum over rows?)")
+    attack = s.Attack("embedding", 7, 0.03, 2)
+    *_, (found, _) = s.embedding_attack(table, start, loss_of, attack)
+    close(found, delta.detach(),
+          "delta after 7 steps of Adam (do gradients pile up? is the loss a sum over rows?)")
 
 
 @check(6)
 def attack_stays_within_the_radius(s, seed):
     table, start = random(seed, 11, 4), torch.tensor([[1], [2], [3]])
-    for delta, _ in s.embedding_attack(table, start, quadratic(100 + torch.zeros(3, 1, 4)), s.Attack("embedding", 20, 0.1, 1, 0.25)):
-        assert (delta - table[start]).abs().max() <= 0.25 + 1e-5, "a coordinate is further than the radius from its start"
+    loss_of, attack = quadratic(100 + torch.zeros(3, 1, 4)), s.Attack("embedding", 20, 0.1, 1, 0.25)
+    for delta, _ in s.embedding_attack(table, start, loss_of, attack):
+        assert (delta - table[start]).abs().max() <= 0.25 + 1e-5, (
+            "a coordinate is further than the radius from its start")
     close(delta, table[start] + 0.25, "the corner of the ball towards a far minimum")
 
 
 @check(6)
 def fast_attack_is_one_sign_step(s, seed):
     table, start, goal = random(seed, 11, 4), torch.tensor([[7, 8]]), random(seed + 1, 1, 2, 4)
-    [(delta, _)] = s.embedding_attack(table, start, quadratic(goal), s.Attack("fast", 1, 0.2, 2))
+    attack = s.Attack("fast", 1, 0.2, 2)
+    [(delta, _)] = s.embedding_attack(table, start, quadratic(goal), attack)
     close(delta, table[start] - 0.2 * (table[start] - goal).sign(), "start - lr * sign(gradient)")
 
 
 @check(6)
 def attack_leaves_the_table_alone(s, seed):
-    table = random(seed, 11, 4)
+    table, start = random(seed, 11, 4), torch.tensor([[1]])
     before = table.clone()
-    list(s.embedding_attack(table, torch.tensor([[1]]), quadratic(torch.zeros(1, 1, 4)), s.Attack("embedding", 3, 0.1, 1)))
+    loss_of, attack = quadratic(torch.zeros(1, 1, 4)), s.Attack("embedding", 3, 0.1, 1)
+    list(s.embedding_attack(table, start, loss_of, attack))
     close(table, before, "the table of token embeddings, which is not the attack's to change")
 
 
+LEGAL = torch.tensor([1, 3, 4, 6, 9, 10])
+
+
 def run_token_attack(s, seed, loss_of, steps=60, n=2, k=2):
-    table, legal = random(seed, 12, 5), torch.tensor([1, 3, 4, 6, 9, 10])
+    """The token attack on a random table, with loss_of(table) as its loss -> its steps."""
+    table, attack = random(seed, 12, 5), s.Attack("token", steps, 0.1, k)
     generator = torch.Generator().manual_seed(seed)
-    return table, legal, list(s.token_attack(table, legal, n, loss_of(table), s.Attack("token", steps, 0.1, k), generator))
+    return list(s.token_attack(table, LEGAL.clone(), n, loss_of(table), attack, generator))
 
 
 @check(8)
 def tokens_are_legal(s, seed):
-    _, legal, steps = run_token_attack(s, seed, lambda table: quadratic(torch.zeros(2, 2, 5)), 5)
+    steps = run_token_attack(s, seed, lambda table: quadratic(torch.zeros(2, 2, 5)), 5)
     assert len(steps) == 5 and steps[0][0].shape == (2, 2), "each step yields ids (N, k)"
-    assert all(set(ids.flatten().tolist()) <= set(legal.tolist()) for ids, _ in steps), "an id that is not legal"
+    legal = set(LEGAL.tolist())
+    assert all(set(ids.flatten().tolist()) <= legal for ids, _ in steps), "an id that is not legal"
 
 
 @check(8)
@@ -334,30 +394,44 @@ def the_model_sees_real_tokens(s, seed):
 
     def spy(table):
         def loss_of(delta):
-            seen.append((delta.detach()[:, :, None] - table[torch.tensor([1, 3, 4, 6, 9, 10])]).abs().amax(-1).min(-1).values.max().item())
+            distances = (delta.detach()[:, :, None] - table[LEGAL]).abs().amax(-1)
+            to_nearest = distances.min(-1).values
+            seen.append(to_nearest.max().item())
             return delta.square().flatten(1).sum(1)
         return loss_of
 
     run_token_attack(s, seed, spy, 6)
-    assert max(seen) < 1e-5, "the loss must be taken at embeddings of real, legal tokens (straight-through), not at mixtures"
+    assert max(seen) < 1e-5, (
+        "the loss must be taken at embeddings of real, legal tokens (straight-through), not at "
+        "mixtures")
 
 
 @check(8)
 def the_gradient_is_straight_through(s, seed):
-    """p's gradient is E times the embedding's: where one token alone lowers a linear loss, it is found."""
-    table, legal = random(seed, 12, 5).abs(), torch.tensor([1, 3, 4, 6, 9, 10])
+    """The attack finds the one token that lowers a linear loss.
+
+    For that p's gradient has to be E times the embedding's.
+    """
+    table, legal = random(seed, 12, 5).abs(), LEGAL.clone()
     best = legal[seed % 6].item()
     table[best] *= -1
-    generator = torch.Generator().manual_seed(seed)
-    *_, (ids, _) = s.token_attack(table, legal, 2, lambda delta: delta.sum((1, 2)), s.Attack("token", 40, 0.1, 2), generator)
-    assert ids.unique().tolist() == [best], f"tokens {ids.tolist()}, expected {best}, the only one that lowers the loss, everywhere"
+
+    def loss_of(delta):
+        return delta.sum((1, 2))
+
+    attack, generator = s.Attack("token", 40, 0.1, 2), torch.Generator().manual_seed(seed)
+    *_, (ids, _) = s.token_attack(table, legal, 2, loss_of, attack, generator)
+    assert ids.unique().tolist() == [best], (
+        f"tokens {ids.tolist()}, expected {best}, the only one that lowers the loss, everywhere")
 
 
 @check(8)
 def rows_are_attacked_each_for_itself(s, seed):
     goals = random(seed, 12, 5)[torch.tensor([3, 9])][:, None].expand(2, 2, 5)
-    _, _, steps = run_token_attack(s, seed, lambda table: quadratic(goals))
-    assert steps[-1][0].tolist() == [[3, 3], [9, 9]], f"tokens {steps[-1][0].tolist()}: each row should find its own goal, 3 and 9"
+    steps = run_token_attack(s, seed, lambda table: quadratic(goals))
+    found = steps[-1][0].tolist()
+    assert found == [[3, 3], [9, 9]], (
+        f"tokens {found}: each row should find its own goal, 3 and 9")
 
 
 # --- 10: the outer loop, with the real functions around it
@@ -366,7 +440,7 @@ PROMPTS = ["church", "a photo of a church"], ["a photo of a house", "a boat"]
 
 
 def outer(s, seed, **changes):
-    """-> (erased model, losses of each iteration, config)."""
+    """Run the outer loop -> (erased model, losses of each iteration, config)."""
     config = s.small(seed=seed, **changes)
     model, history = s.advunlearn(s.sd, *PROMPTS, config)
     return model, history, config
@@ -374,7 +448,10 @@ def outer(s, seed, **changes):
 
 @check(10)
 def loop_starts_at_the_closed_form(s, seed):
-    """At theta = theta_o, without attack: (1 + eta)^2 ||eps_c - eps_empty||^2, retain loss 0."""
+    """The erase loss is (1 + eta)^2 ||eps_c - eps_empty||^2, and the retain loss is 0.
+
+    That is so at theta = theta_o, without attack.
+    """
     _, history, config = outer(s, seed, steps=1, warmup=0, attack="none", eta=2.0)
     draw = s.trajectory_bank(s.sd, PROMPTS[0], config)
     z = draw(config.erase_batch, torch.Generator().manual_seed(seed))
@@ -416,7 +493,10 @@ def loop_weighs_the_retain_loss_by_gamma(s, seed):
 
 @check(10)
 def loop_takes_fresh_gradients(s, seed):
-    """One latent to draw and theta all but still: every step must see the same gradient."""
+    """Every step must see the same gradient.
+
+    There is one latent to draw, and theta hardly moves.
+    """
     config = s.small(seed=seed, steps=3, warmup=2, lr=1e-10, attack="none", trajectories=1,
                      trajectory_steps=1, erase_batch=1, retain_batch=1)
     seen, step = [], torch.optim.Adam.step

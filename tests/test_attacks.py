@@ -1,4 +1,4 @@
-"""Prompts with a prefix, the simplex projection, and both attacks."""
+"""Prompts with a prefix, the projection onto the simplex, and both attacks."""
 import copy
 import itertools
 import random
@@ -23,9 +23,12 @@ def test_insert_prefix_keeps_start_prompt_end_and_length(sd):
 
 
 def test_prefix_of_ids_and_of_their_embeddings_is_the_same_context(sd):
-    ids, prefix = sd.tokenize(["a house", "a photo of a red boat at night"]), torch.tensor([[300, 301], [302, 303]])
+    ids = sd.tokenize(["a house", "a photo of a red boat at night"])
+    prefix = torch.tensor([[300, 301], [302, 303]])
     table = sd.text_encoder.embeddings.token_embedding.weight
-    torch.testing.assert_close(au.encode_with_prefix(sd, ids, table[prefix]), sd.text_encoder(au.insert_prefix(ids, prefix)))
+    of_embeddings = au.encode_with_prefix(sd, ids, table[prefix])
+    of_ids = sd.text_encoder(au.insert_prefix(ids, prefix))
+    torch.testing.assert_close(of_embeddings, of_ids)
 
 
 def test_room_is_counted_in_tokens(sd):
@@ -38,8 +41,9 @@ def test_room_is_counted_in_tokens(sd):
 
 
 def test_project_simplex_against_its_definition(generator):
-    """The nearest point: on the simplex, and no other point of a fine grid is nearer."""
-    grid = torch.tensor([(a, b, 20 - a - b) for a, b in itertools.product(range(21), repeat=2) if a + b <= 20]) / 20
+    """The result is on the simplex, and no point of a fine grid there is nearer."""
+    pairs = itertools.product(range(21), repeat=2)
+    grid = torch.tensor([(a, b, 20 - a - b) for a, b in pairs if a + b <= 20]) / 20
     for v in 2 * torch.randn(50, 3, generator=generator):
         p = au.project_simplex(v)
         assert p.min() >= 0 and abs(p.sum() - 1) < 1e-5
@@ -49,15 +53,17 @@ def test_project_simplex_against_its_definition(generator):
 def test_project_simplex_works_on_rows_and_leaves_the_simplex_alone():
     on = torch.tensor([[[0.2, 0.8], [1.0, 0.0]]])
     torch.testing.assert_close(au.project_simplex(on), on)
-    torch.testing.assert_close(au.project_simplex(torch.tensor([[5.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])),
-                               torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]))
+    rows = torch.tensor([[5.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    projected = torch.tensor([[1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    torch.testing.assert_close(au.project_simplex(rows), projected)
 
 
 @pytest.fixture
 def attacked(sd, generator):
-    """A fixed attack loss on the toy: make "a house" denoise like "a church"."""
+    """A fixed attack loss on the toy. It is low where "a house" denoises like "a church"."""
     ids = sd.tokenize(["a photo of a house"] * 4)
-    x_t, t = torch.randn(4, *sd.latent_shape, generator=generator), torch.tensor([300, 500, 700, 900])
+    x_t = torch.randn(4, *sd.latent_shape, generator=generator)
+    t = torch.tensor([300, 500, 700, 900])
     eps_c = sd.predict_noise(x_t, t, sd.encode_prompt(["a photo of a church"] * 4))
     table = sd.text_encoder.embeddings.token_embedding.weight
 
@@ -71,7 +77,8 @@ def attacked(sd, generator):
 def test_embedding_attack_lowers_its_loss(attacked, kind, radius):
     table, legal, loss_of = attacked
     start = legal[torch.arange(8).view(4, 2) * 7]
-    steps = list(au.embedding_attack(table, start, loss_of, au.Attack(kind, 15, 0.01, 2, radius)))
+    attack = au.Attack(kind, 15, 0.01, 2, radius)
+    steps = list(au.embedding_attack(table, start, loss_of, attack))
     assert len(steps) == 15 and not steps[-1][0].requires_grad
     assert (loss_of(steps[-1][0]) < loss_of(table[start])).all()
 
@@ -79,7 +86,8 @@ def test_embedding_attack_lowers_its_loss(attacked, kind, radius):
 def test_embedding_attack_stays_within_its_radius(attacked):
     table, legal, loss_of = attacked
     start = legal[torch.arange(8).view(4, 2)]
-    for delta, _ in au.embedding_attack(table, start, loss_of, au.Attack("embedding", 10, 0.05, 2, radius=0.02)):
+    attack = au.Attack("embedding", 10, 0.05, 2, radius=0.02)
+    for delta, _ in au.embedding_attack(table, start, loss_of, attack):
         assert (delta - table[start]).abs().max() <= 0.02 + 1e-6
 
 
@@ -91,24 +99,33 @@ def test_one_sign_step_is_fast_at(attacked):
 
 
 def test_embedding_attack_does_not_pile_up_gradients():
-    """On a linear loss every sign step is the same; Adam's second step must not see the first gradient again."""
+    """Each step must see a new gradient alone, without those of the steps before.
+
+    Here each sign step is the same, so the values that the loss sees fall evenly.
+    """
     seen = []
 
     def loss_of(delta):
         seen.append(delta.detach().clone())
         return delta.square().flatten(1).sum(1)
 
-    table = torch.ones(3, 2)
-    list(au.embedding_attack(table, torch.zeros(1, 1, dtype=torch.long), loss_of, au.Attack("fast", 3, 0.1, 1)))
+    table, start = torch.ones(3, 2), torch.zeros(1, 1, dtype=torch.long)
+    list(au.embedding_attack(table, start, loss_of, au.Attack("fast", 3, 0.1, 1)))
     torch.testing.assert_close(torch.stack(seen).flatten()[::2], torch.tensor([1.0, 0.9, 0.8]))
 
 
 def test_token_attack_lowers_its_loss_with_legal_tokens(attacked, generator):
     table, legal, loss_of = attacked
-    steps = list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 30, 0.05, 2), generator))
+    attack = au.Attack("token", 30, 0.05, 2)
+    steps = list(au.token_attack(table, legal, 4, loss_of, attack, generator))
     ids = torch.stack([ids for ids, _ in steps])
     assert ids.shape == (30, 4, 2) and torch.isin(ids, legal).all()
-    random = torch.stack([loss_of(table[legal[torch.randint(len(legal), (4, 2), generator=generator)]]) for _ in range(20)])
+
+    def random_loss():
+        tokens = legal[torch.randint(len(legal), (4, 2), generator=generator)]
+        return loss_of(table[tokens])
+
+    random = torch.stack([random_loss() for _ in range(20)])
     assert loss_of(table[ids[-1]]).mean() < random.mean()
 
 
@@ -124,13 +141,15 @@ def test_attacks_leave_the_model_alone(sd, attacked, generator):
     table, legal, loss_of = attacked
     list(au.embedding_attack(table, legal[:4, None], loss_of, au.Attack("embedding", 2, 0.1, 1)))
     list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 2, 0.1, 1), generator))
-    assert all(torch.equal(a, b) and a.grad is None for a, b in zip(sd.text_encoder.parameters(), before))
+    pairs = zip(sd.text_encoder.parameters(), before)
+    assert all(torch.equal(a, b) and a.grad is None for a, b in pairs)
 
 
 @pytest.fixture(scope="session")
 def other_tokenizer(sd):
-    """Padding of its own, "!" as in Stable Diffusion 2, and another context."""
-    tokenizer = CLIPTokenizer(str(sd.folder / "tokenizer/vocab.json"), str(sd.folder / "tokenizer/merges.txt"), pad_token="!")
+    """The toy with a padding token of its own, "!" as in Stable Diffusion 2, and another context."""
+    folder = sd.folder / "tokenizer"
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="!")
     encoder = replace(sd, tokenizer=tokenizer, text_encoder=copy.copy(sd.text_encoder))
     encoder.text_encoder.config = {**sd.text_encoder.config, "max_position_embeddings": 17}
     return encoder
@@ -139,17 +158,21 @@ def other_tokenizer(sd):
 @pytest.mark.parametrize("model", ["sd", "other_tokenizer"])
 @pytest.mark.parametrize("seed", range(30))
 def test_any_prompt_and_prefix_keep_start_end_and_length(request, model, seed):
-    """Prompts of any characters: the start stays first, then the prefix, then the prompt as it was with its end; what does
-    not fit is refused, never cut."""
+    """The start stays first; the prefix follows, then the prompt as it was, with its end.
+
+    This holds for prompts of any characters. What does not fit is refused, never cut.
+    """
     sd, rng = request.getfixturevalue(model), random.Random(seed)
     alphabet = ["church", "a", " ", "é", "⛪", "中", "ש", "<|endoftext|>", "\u200d", "'s", "12", "*"]
-    prompt, k = "".join(rng.choices(alphabet, k=rng.randrange(0, 12))), rng.randrange(1, 9)
+    prompt = "".join(rng.choices(alphabet, k=rng.randrange(0, 12)))
+    k = rng.randrange(1, 9)
     ids = sd.tokenizer(prompt).input_ids
     if len(ids) + k > sd.context_length:
         with pytest.raises(ValueError, match="exceeds"):
             au.tokenize_with_room(sd, [prompt], k)
         return
-    [row] = au.insert_prefix(au.tokenize_with_room(sd, [prompt], k), torch.full((1, k), -1)).tolist()
+    padded = au.tokenize_with_room(sd, [prompt], k)
+    [row] = au.insert_prefix(padded, torch.full((1, k), -1)).tolist()
     assert len(row) == sd.context_length and row[0] == sd.tokenizer.bos_token_id
     assert row[1 : 1 + k] == [-1] * k and row[1 + k : k + len(ids)] == ids[1:]
     assert set(row[k + len(ids) :]) <= {sd.tokenizer.pad_token_id}

@@ -1,43 +1,51 @@
-"""README.md and TUTORIAL.md cannot drift: what they name exists, and their commands and Python run (on a small budget)."""
+"""The documents cannot drift: what they name exists, and their commands and Python run."""
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 
 import advunlearn as au
-import sd_mini.checkpoint
-import sd_mini.judges
-import sd_mini.report
-import sd_mini.toy.train
-import sd_mini.weights
+import sd_mini
+from sd_mini import files, lab, pipeline, schedule, weights
+from sd_mini.lab import (classifiers, compare, evaluation, experiment, prompts, ranks, report, runs,
+                         settings, tasks)
+from sd_mini.toy import classifier, train, world
 
 from . import assignment, bench
-from .test_faults import cli
 from .test_run import FLAGS, ROOT
 
-DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "TUTORIAL.md")}
-COMMANDS = list(dict.fromkeys(line.replace("torchrun --nproc-per-node=2", "python")  # two processes: see test_run and test_compare
-                              for text in DOCS.values() for line in re.findall(r"^    ((?:python|pip|pytest|torchrun|KILLS).*)$", text, re.M)))
-METHOD = [part for command in COMMANDS for part in command.split(" && ") if part.startswith("python advunlearn.py")]
-MODULES = [au, sd_mini, sd_mini.checkpoint, sd_mini.judges, sd_mini.report, sd_mini.weights, sd_mini.pipeline.Schedule, sd_mini.toy.train,
-           sd_mini.StableDiffusion, au.Config, assignment, bench]
-
-
-def parsed(command):
-    """A documented command's flags as settings."""
-    return au.parse(shlex.split(command)[2:])
+NAMES = ("README.md", "TUTORIAL.md", "sd_mini/README.md", "sd_mini/toy/README.md",
+         "sd_mini/lab/README.md")
+DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+# Two processes have tests of their own, in test_run and test_compare.
+COMMANDS = list(dict.fromkeys(
+    part.replace("torchrun --nproc-per-node=2", "python") for text in DOCS.values()
+    for line in re.findall(r"^    ((?:python|pip|pytest|torchrun|KILLS).*)$", text, re.M)
+    for part in line.split(" && ")))
+METHOD = [command for command in COMMANDS if command.startswith("python advunlearn.py")]
+SMALL = ["--eval-prompts", "1", "--eval-utility", "2", "--eval-steps", "2",
+         "--eval-attack-steps", "2", "--eval-looks", "1"]
 
 
 def python(folder, *arguments):
     """Run Python on the project there, well -> what it prints."""
-    done = subprocess.run([sys.executable, *arguments], cwd=folder, text=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     return done.stdout
 
+
+def parsed(command):
+    """A documented command's flags as settings."""
+    return settings.parse(au.Config, shlex.split(command)[2:])
+
+
+# --- what is run
 
 @pytest.mark.parametrize("command", METHOD)
 def test_commands_of_the_method_parse(command):
@@ -45,89 +53,129 @@ def test_commands_of_the_method_parse(command):
         parsed(command)
 
 
-RUN = "import json, sys, advunlearn\nfor given in json.loads(sys.argv[1]): assert advunlearn.main(given) == 0, given"
+RUN = """
+import json, sys, advunlearn
+from sd_mini.lab import tasks
+for given in json.loads(sys.argv[1]):
+    assert tasks.run_task(advunlearn.METHOD, given) == 0, given
+"""
 
 
 @pytest.mark.beside
 def test_commands_of_the_method_run(tmp_path):
-    """All that need no download, in the documents' order, in one folder, as a reader would; each on a small budget."""
-    here = {}
+    """All that need no download, in the documents' order, in one folder; each on a small budget."""
+    different = {}
     for command in METHOD:
         if not re.search(r"--help|stable-diffusion|--judge", command):
-            here.setdefault(re.sub(r" --(out|seed) \S+| --methods .*?(?= --|$)", "", command), command)  # one of those that differ in these alone
-    runs, done = [], set()
-    for given in map(parsed, here.values()):
-        small = au.parse([*FLAGS, "--steps", "2", "--trajectory-steps", "1", "--eval-prompts", "1", "--eval-utility", "2", "--eval-steps", "2",
-                          "--eval-attack-steps", "2", "--eval-looks", "1"])
-        small = {"eval_steps": 2} if given.get("task") == "sample" else small
-        small |= {"methods": ["ESD"]} if given.get("task") == "compare" else {}
-        out = given.get("out") or ("runs/church" if given.get("task", "train") == "train" else "")
-        runs.append({**given, **small, "overwrite": out in done})
+            # One of those that differ in folder, seed and rows alone.
+            key = re.sub(r" --(out|seed) \S+| --methods .*?(?= --|$)", "", command)
+            different.setdefault(key, command)
+    given_to, done = [], set()
+    for given in map(parsed, different.values()):
+        task = given.get("task", "train")
+        small = settings.parse(au.Config, [*FLAGS, *SMALL, "--steps", "2",
+                                           "--trajectory-steps", "1"])
+        small = {"eval_steps": 2} if task == "sample" else small
+        small |= {"methods": ["ESD"]} if task == "compare" else {}
+        out = given.get("out") or ("runs/church" if task == "train" else "")
+        given_to.append({**given, **small, "overwrite": out in done})
         done.add(out)
-    assert len(runs) >= 8
-    python(tmp_path, "-c", RUN, json.dumps(runs))
+    assert len(given_to) >= 8
+    python(tmp_path, "-c", RUN, json.dumps(given_to))
 
 
-MODULE_COMMANDS = {  # what else is documented: how to make it short; None for an hour of training and for this suite itself
-    'python -m sd_mini "a photo of a church" --model toy --seed 3 --out church.png': "",
-    "python -m tests.bench": " help", "python -m tests.assignment --out ../homework": "", "pip install -r requirements.txt": None,
-    "pytest": None, "python -m sd_mini.toy.train --out my-toy": None, "python -m sd_mini.toy.train --check": None}
+# What else is documented, and how to make it short. None: an hour of training, or this suite.
+OTHERS = {
+    'python -m sd_mini "a photo of a church" --seed 3 --out church.png': "",
+    "python -m tests.bench": " help", "python -m tests.assignment --out ../homework": "",
+    "pip install -r requirements.txt": None, "pytest": None, "python tests/versions.py": None,
+    "KILLS=20 pytest tests/test_faults.py -k killed": None,
+    "python -m sd_mini.toy.train --out my-toy": None, "python -m sd_mini.toy.train --check": None}
 
 
 @pytest.mark.beside
 def test_other_commands_run(tmp_path):
-    others = [part for command in COMMANDS for part in command.split(" && ") if not part.startswith("python advunlearn.py")]
-    assert set(others) <= set(MODULE_COMMANDS)
-    (tmp_path / "here").mkdir()
+    others = [command for command in COMMANDS if not command.startswith("python advunlearn.py")]
+    assert set(others) == set(OTHERS)
+    here = tmp_path / "here"
+    here.mkdir()
     for command in others:
-        if MODULE_COMMANDS[command] is not None:
-            python(tmp_path / "here", *shlex.split(command + MODULE_COMMANDS[command])[1:])
-    assert (tmp_path / "here/church.png").stat().st_size > 3000 and (tmp_path / "homework/HANDOUT.md").is_file()
+        if OTHERS[command] is not None:
+            python(here, *shlex.split(command + OTHERS[command])[1:])
+    assert (here / "church.png").stat().st_size > 3000
+    assert (tmp_path / "homework/HANDOUT.md").is_file()
 
 
 @pytest.mark.beside
 def test_python_blocks_run(tmp_path):
-    """... and print, up to the last digits, what stands below them."""
+    """... and print what stands below them, up to the last digits."""
     pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
     blocks = [block for text in DOCS.values() for block in re.findall(pattern, text, re.M | re.S)]
     number = r"\d+\.\d+"
     for block, printed in blocks:
-        out = python(ROOT, "-c", block)
+        flags = [*SMALL, "--model", "toy", "--device", "cpu", "--steps", "2"]
+        out = python(tmp_path, "-c", block, *(flags if "lab.main" in block else ()))
         if printed:
             assert re.sub(number, "#", out) == re.sub(number, "#", printed)
-            found, stated = ([float(n) for n in re.findall(number, text)] for text in (out, printed))
+            found, stated = ([float(n) for n in re.findall(number, text)]
+                             for text in (out, printed))
             assert found == pytest.approx(stated, rel=0.05)
     assert any(printed for _, printed in blocks)
+    assert (tmp_path / "runs/church/results.json").is_file()  # of the method of one's own
 
+
+# --- what is said
 
 def test_pictures_are_there_and_small():
-    pictures = {path for text in DOCS.values() for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)}
-    assert len(pictures) >= 5 and sum((ROOT / path).stat().st_size for path in pictures) <= 1.5e6
+    pictures = {path for text in DOCS.values()
+                for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", text)}
+    assert len(pictures) >= 5
+    assert sum((ROOT / path).stat().st_size for path in pictures) <= 1.5e6
+
+
+MODULES = [au, au.Config, sd_mini, sd_mini.StableDiffusion, schedule.Schedule, files, pipeline,
+           weights, lab, lab.Method, classifiers, compare, evaluation, experiment, prompts, ranks,
+           report, runs, settings, tasks, classifier, train, world, assignment, bench]
+OTHER_FLAGS = {"--help", "--check", "--out", "--exercise", "--grade-seed", "--only", "--score",
+               "--nproc-per-node", "--index-url", "--model", "--seed"}
+# Words in code type that are no names of ours.
+LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guidance", "eps_empty",
+           "details", "results", "erased", "token", "prompt", "evaluation_seed", "sd_mini",
+           "evaluation_guidance", "diffusers", "huggingface_hub", "HF_HOME", "HF_HUB_OFFLINE",
+           "position_ids", "text_model.", "condition_embd", "fast_at", "cross_attention", "pytest",
+           "torchrun", "python", "imagenet", "coco", "unet", "ID", "world.ERASED",
+           "samples.png", "losses.png", "results.json", "table.md", "compare.png", "tradeoff.png",
+           "grade.json", "forget.py"}
 
 
 @pytest.mark.parametrize("name", DOCS)
 def test_what_is_named_exists(name):
+    here = (ROOT / name).parent
     text = re.sub(r"^```.*?^```", "", DOCS[name], flags=re.M | re.S)
-    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", text))
-    flags = {"--" + f.name.replace("_", "-") for f in au.fields(au.Config)} | {"--help", "--check", "--out", "--exercise", "--grade-seed",
-                                                                                "--only", "--score", "--nproc-per-node", "--index-url", "--model", "--seed"}
-    unknown_flags = set(re.findall(r"(--[a-z][\w-]*)", text)) - flags
-    assert not unknown_flags
-    literal = {"config", "input_ids", "embeddings", "main", "toy", "church", "t", "E", "p", "eta", "gamma", "alpha_bar", "noise", "guidance",
-               "eps_empty", "details", "results", "erased", "token", "prompt", "label", "evaluation_seed", "evaluation_guidance", "diffusers", "huggingface_hub", "HF_HOME",
-               "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at", "cross_attention", "pytest", "original", "matplotlib", "tqdm", "KILLS", "torchrun", "python", "complete", "imagenet"}
-    settings = {f.name for f in au.fields(au.Config)}
-    exists = lambda word: (word in literal | settings or any(hasattr_path(module, word) for module in MODULES) or (ROOT / word).exists()
-                           or any(ROOT.glob(f"*/{word}")) or any(ROOT.glob(f"sd_mini/toy/{word}")) or word in RUN_FILES)
-    assert not {word for word in names if not exists(word)}
-    paths = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
-    assert all((ROOT / path).exists() for path in paths)
+    options = {f.name for f in fields(au.Config)}
+    flags = {"--" + option.replace("_", "-") for option in options} | OTHER_FLAGS
+    assert not set(re.findall(r"(--[a-z][\w-]*)", text)) - flags
+
+    def exists(word):
+        named = any(has_path(module, word) for module in MODULES)
+        is_file = (ROOT / word).exists() or (here / word).exists()
+        return word in LITERAL | options or named or is_file
+
+    assert not {word for word in re.findall(r"`([A-Za-z_][\w.]*)`", text) if not exists(word)}
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert all((here / path).exists() for path in links)
 
 
-RUN_FILES = {"samples.png", "losses.png", "results.json", "table.md", "compare.png", "tradeoff.png", "grade.json", "HANDOUT.md"}
+def test_links_to_sections_lead_somewhere():
+    for name, text in DOCS.items():
+        for path, section in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", text):
+            target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+            heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert section in anchors, f"{name}: #{section}"
 
 
-def hasattr_path(module, path):
+def has_path(module, path):
     for part in path.removeprefix("sd.").split("."):
         if not hasattr(module, part):
             return False

@@ -1,6 +1,6 @@
-"""Nothing lost, nothing silent: killed runs that go on to the same bytes, and one clear line for every bad input.
+"""No run is lost: a killed one goes on to the same bytes. Every bad input gets one clear line.
 
-    KILLS=20 pytest tests/test_faults.py -k killed        the soak
+    KILLS=20 pytest tests/test_faults.py -k killed        many kills
 """
 import contextlib
 import io
@@ -34,15 +34,19 @@ KILLS = int(os.environ.get("KILLS", 3))
 # --- runs survive
 
 def start(out, *flags):
-    small = [*FLAGS, "--steps", "12", "--save-every", "2", "--eval-prompts", "2", "--eval-utility", "2", "--eval-steps", "2"]
-    return subprocess.Popen([sys.executable, "advunlearn.py", "--concept", "church", *small, "--resume", "--out", str(out), *flags],
-                            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    small = [*FLAGS, "--steps", "12", "--save-every", "2", "--eval-prompts", "2",
+             "--eval-utility", "2", "--eval-steps", "2"]
+    command = [sys.executable, "advunlearn.py", "--concept", "church", *small, "--resume",
+               "--out", str(out), *flags]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                            text=True)
 
 
 def figures(out):
     results = json.loads((out / "results.json").read_text())
     assert results["complete"] and not (out / "partial").exists()
-    return {key: value for key, value in results["results"]["erased"].items() if key not in ("minutes", "unet_evaluations")}
+    return {key: value for key, value in results["results"]["erased"].items()
+            if key not in ("minutes", "unet_evaluations")}
 
 
 @pytest.mark.beside
@@ -57,12 +61,13 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path):
         number = list(kill)[i % 3]
         process.send_signal(number)
         status = process.wait()
-        if status == 0:  # it was faster this time; kill a new one
+        if status == 0:  # it was faster this time: the next kill gets a new run
             shutil.rmtree(tmp_path / "killed")
-        else:
-            assert status in (kill[number], -number), process.stderr.read()  # -number: before Python had its handlers
+        else:  # -number: the signal came before Python had its handlers
+            assert status in (kill[number], -number), process.stderr.read()
     assert start(tmp_path / "killed").wait() == 0
-    weights = [(tmp_path / name / "text_encoder/model.safetensors").read_bytes() for name in ("whole", "killed")]
+    weights = [(tmp_path / name / "text_encoder/model.safetensors").read_bytes()
+               for name in ("whole", "killed")]
     assert weights[0] == weights[1] and figures(tmp_path / "whole") == figures(tmp_path / "killed")
     assert not list(tmp_path.rglob("*.part"))
 
@@ -85,7 +90,10 @@ def test_checkpoints_keep_two_and_go_on_where_they_were(tmp_path):
 
     whole, history = train(tmp_path / "whole")
     train(tmp_path / "broken", stop=5)  # its last checkpoint is that of step 4
-    assert [p.name for p in sorted((tmp_path / "broken").iterdir())] == ["checkpoint-000002.safetensors", "checkpoint-000004.safetensors"]
+    assert [p.name for p in sorted((tmp_path / "broken").iterdir())] == [
+        "checkpoint-000002.safetensors",
+        "checkpoint-000004.safetensors",
+    ]
     again, history_again = train(tmp_path / "broken")
     assert torch.equal(whole, again) and history == history_again
     assert len(list((tmp_path / "broken").iterdir())) == 2
@@ -123,11 +131,13 @@ def test_attacks_are_kept(tmp_path):
         return [{"broken": True}], torch.ones(2, 3)
 
     first, again = (cached(tmp_path, {"token-0": compute})["token-0"] for _ in range(2))
-    assert len(calls) == 1 and first[0] == again[0] == [{"broken": True}] and torch.equal(first[1], again[1])
+    assert len(calls) == 1
+    assert first[0] == again[0] == [{"broken": True}] and torch.equal(first[1], again[1])
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    status, line, _ = cli(*FLAGS, "--lr", "1", "--steps", "12", "--eta", "1e38", "--out", str(tmp_path / "run"))
+    status, line, _ = cli(*FLAGS, "--lr", "1", "--steps", "12", "--eta", "1e38",
+                          "--out", str(tmp_path / "run"))
     assert status == 1 and "a loss is not finite" in line and "iteration" in line
     assert not (tmp_path / "run/results.json").exists()
 
@@ -148,18 +158,31 @@ def cli(*arguments):
 
 @pytest.fixture(scope="module")
 def bad(tmp_path_factory):
-    """A folder of bad things: {name} in an argument below stands for this folder's file or folder of that name."""
+    """A folder of bad files and folders. {name} in an argument below is the one of that name."""
     root = tmp_path_factory.mktemp("bad")
     (root / "file").write_text("x")
     (root / "empty").mkdir()
-    for name, text in {"empty.csv": b"", "header.csv": b"prompt\n", "column.csv": b"text,seed\na,1\n", "latin.csv": b"prompt\ncaf\xe9\n",
-                       "seed.csv": b"prompt,evaluation_seed\na church,seven\n", "minus.csv": b"prompt,evaluation_seed\na church,-7\n",
-                       "guidance.csv": b"prompt,evaluation_guidance\na church,inf\n", "quotes.csv": b'prompt\n"a church\n',
-                       "long.csv": b"prompt\n" + b"church " * 21 + b"\n", "short.csv": b"other,prompt\na,b\nc\n", "all.csv": b"prompt\na church\na chapel\n", "two.csv": b"prompt\na boat\na tree\n", "pickle.ckpt": b"x",
-                       "half.safetensors": b"x" * 20}.items():
+    files = {
+        "empty.csv": b"",
+        "header.csv": b"prompt\n",
+        "column.csv": b"text,seed\na,1\n",
+        "latin.csv": b"prompt\ncaf\xe9\n",
+        "seed.csv": b"prompt,evaluation_seed\na church,seven\n",
+        "minus.csv": b"prompt,evaluation_seed\na church,-7\n",
+        "guidance.csv": b"prompt,evaluation_guidance\na church,inf\n",
+        "quotes.csv": b'prompt\n"a church\n',
+        "long.csv": b"prompt\n" + b"church " * 21 + b"\n",
+        "short.csv": b"other,prompt\na,b\nc\n",
+        "all.csv": b"prompt\na church\na chapel\n",
+        "two.csv": b"prompt\na boat\na tree\n",
+        "pickle.ckpt": b"x",
+        "half.safetensors": b"x" * 20,
+    }
+    for name, text in files.items():
         (root / name).write_bytes(text)
 
     def model(name, part="text_encoder", change=None, **files):
+        """A copy of the toy with one part damaged: `change` its tensors, or replace its files."""
         folder = root / name
         folder.mkdir()
         for path in TOY.iterdir():
@@ -172,7 +195,9 @@ def bad(tmp_path_factory):
             change(tensors)
             save_file(tensors, weights)
         for path, content in files.items():
-            (folder / part / path.replace("__", ".")).write_bytes(content(weights.read_bytes()) if callable(content) else content)
+            if callable(content):
+                content = content(weights.read_bytes())
+            (folder / part / path.replace("__", ".")).write_bytes(content)
         return folder
 
     first = "text_model.embeddings.token_embedding.weight"
@@ -189,11 +214,12 @@ def bad(tmp_path_factory):
         folder = model(name)
         (folder / "model_index.json").unlink()
         (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": kind}))
-    wide = sd_mini.pipeline.TextEncoder({**json.loads((TOY / "text_encoder/config.json").read_text()), "hidden_size": 32, "intermediate_size": 8})
+    config = json.loads((TOY / "text_encoder/config.json").read_text())
+    wide = sd_mini.pipeline.TextEncoder({**config, "hidden_size": 32, "intermediate_size": 8})
     sd_mini.save_part(wide, root / "wide", "text_encoder")
     (root / "plain").mkdir()
     (root / "plain/config.json").write_text('{"model_type": "gpt2", "n_embd": 8}')
-    (root / "plain/model.safetensors").write_bytes((TOY / "text_encoder/model.safetensors").read_bytes())
+    shutil.copyfile(TOY / "text_encoder/model.safetensors", root / "plain/model.safetensors")
     return root
 
 
@@ -204,7 +230,8 @@ BAD = [  # arguments -> what the line says
     ("--task trian", "did you mean train?"),
     ("--train unte", "did you mean unet?"),
     ("--attack tokens", "did you mean token?"),
-    ("--eval-attacks token words", "--eval-attacks 'words': choose from token, embedding, inversion"),
+    ("--eval-attacks token words",
+     "--eval-attacks 'words': choose from token, embedding, inversion"),
     ("--steps", "argument --steps: expected one argument"),
     ("--steps ten", "argument --steps: invalid int value: 'ten'"),
     ("--steps 0", "--steps 0: must be a number, at least 1"),
@@ -222,8 +249,10 @@ BAD = [  # arguments -> what the line says
     ("--eval-steps 501", "--eval-steps 501: must be between 1 and 500"),
     ("--task evaluate", "--task evaluate: give --text-encoder"),
     ("--text-encoder {wide} --out {new}", "--text-encoder: is for --task evaluate"),
-    ("--task evaluate --text-encoder {missing}/text_encoder --out {missing} --overwrite", "--overwrite: would delete"),
-    ("--task evaluate --text-encoder {missing} --out {missing} --overwrite", "--overwrite: would delete"),
+    ("--task evaluate --text-encoder {missing}/text_encoder --out {missing} --overwrite",
+     "--overwrite: would delete"),
+    ("--task evaluate --text-encoder {missing} --out {missing} --overwrite",
+     "--overwrite: would delete"),
     ("--task compare --attack none", "--task compare: sets --attack"),
     ("--attack token --attack-lr 0.1", "--attack token: --token-lr is"),
     ("--resume --overwrite", "--resume --overwrite: the one goes on"),
@@ -237,7 +266,7 @@ BAD = [  # arguments -> what the line says
     ("--layers 5 --out {new}", "--layers 5: this text encoder has 4"),
     ("--prefix 30 --out {new}", "with 30 more it exceeds the 24 that the model reads"),
     ("--concept=", "--concept: is empty"),
-    ("--concept=|", "--concept: is empty"),  # a blank, see below
+    ("--concept=|", "--concept: is empty"),  # the test makes | a blank
     ("--concept unicorn --out {new}", "the judge toy has no label 'unicorn'; it knows"),
     ("--concept ../x --out {new}", "has no label '../x'"),
     ("--concept LONG --out {new}", "1,001 characters"),
@@ -249,7 +278,8 @@ BAD = [  # arguments -> what the line says
     ("--task sample --out {new}", "give --prompts"),
     ("--prompts church --out {new}", "--prompts: is for --task sample"),
     ("--methods ESD --out {new}", "--methods: is for --task compare"),
-    ("--task compare --save-pipeline --out {new}", "--save-pipeline: are for --task train and evaluate"),
+    ("--task compare --save-pipeline --out {new}",
+     "--save-pipeline: are for --task train and evaluate"),
     ("--token-lr inf", "--token-lr inf: must be between 1e-10 and 10"),
     ("--attack-radius inf", "--attack-radius inf: must be a number, at least 1e-10"),
     ("--out {sdxl}", "sdxl: holds files and no run"),
@@ -260,7 +290,8 @@ BAD = [  # arguments -> what the line says
     ("--eval-set {column.csv} --out {new}", "column.csv: no column 'prompt'"),
     ("--eval-set {latin.csv} --out {new}", "latin.csv: not a CSV file in UTF-8"),
     ("--eval-set {quotes.csv} --out {new}", "quotes.csv: not a CSV file in UTF-8"),
-    ("--eval-set {seed.csv} --out {new}", "seed.csv, line 2: evaluation_seed or evaluation_guidance"),
+    ("--eval-set {seed.csv} --out {new}",
+     "seed.csv, line 2: evaluation_seed or evaluation_guidance"),
     ("--eval-set {minus.csv} --out {new}", "minus.csv, line 2"),
     ("--eval-set {guidance.csv} --out {new}", "guidance.csv, line 2"),
     ("--eval-set {empty} --out {new}", "empty: not a CSV file"),
@@ -273,16 +304,20 @@ BAD = [  # arguments -> what the line says
     ("--model {config} --out {new}", "config/text_encoder/config.json: not valid JSON"),
     ("--model {truncated} --out {new}", "not a whole safetensors file"),
     ("--model {flipped} --out {new}", "not a whole safetensors file"),
-    ("--model {half.safetensors} --tokenizer {truncated} --out {new}", "half.safetensors: not a whole safetensors file"),
-    ("--model {nan} --out {new}", "tensor embeddings.token_embedding.weight holds values that are not finite"),
+    ("--model {half.safetensors} --tokenizer {truncated} --out {new}",
+     "half.safetensors: not a whole safetensors file"),
+    ("--model {nan} --out {new}",
+     "tensor embeddings.token_embedding.weight holds values that are not finite"),
     ("--model {missing} --out {new}", "tensor embeddings.token_embedding.weight is missing"),
     ("--model {extra} --out {new}", "tensor extra does not belong there"),
     ("--model {shape} --out {new}", "tensor embeddings.token_embedding.weight has another shape"),
-    ("--model {sdxl} --out {new}", "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"),
+    ("--model {sdxl} --out {new}",
+     "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"),
     ("--model {pickle.ckpt} --out {new}", "a pickle, which can run code"),
     ("--model some/misspelt-model --out {new}", "some/misspelt-model: no such folder here"),
     ("--task evaluate --text-encoder {wide} --out {new}", "its width is 32"),
-    ("--task evaluate --text-encoder {plain} --out {new}", "plain/config.json: not the config of a TextEncoder"),
+    ("--task evaluate --text-encoder {plain} --out {new}",
+     "plain/config.json: not the config of a TextEncoder"),
     ("--task evaluate --text-encoder {empty} --out {new}", "empty/config.json: no such file"),
     ("--model some/model@main --out {new}", "some/model: no such folder here"),
     ("--task sample --prompts church --out {file}", "file is not a folder that can be written to"),
@@ -297,12 +332,24 @@ BAD = [  # arguments -> what the line says
 
 @pytest.mark.parametrize("arguments, message", BAD)
 def test_bad_input_gets_one_line_and_leaves_nothing(bad, tmp_path, arguments, message):
-    words = {"LONG": "x" * 1001, "LONGER": "x" * 100_000, "BELL": "a\achurch", "ARABIC": "صورة كنيسة في الصحراء", "EMOJI": "⛪" * 9}
+    words = {
+        "LONG": "x" * 1001,
+        "LONGER": "x" * 100_000,
+        "BELL": "a\achurch",
+        "ARABIC": "صورة كنيسة في الصحراء",
+        "EMOJI": "⛪" * 9,
+    }
     out = tmp_path / "new"
-    filled = [words.get(word, word.replace("|", " ").replace("{new}", str(out)).replace("{", f"{bad}/").replace("}", "")) for word in arguments.split()]
+
+    def fill(word):
+        word = word.replace("|", " ").replace("{new}", str(out))
+        return word.replace("{", f"{bad}/").replace("}", "")
+
+    filled = [words.get(word, fill(word)) for word in arguments.split()]
     start = list(bad.iterdir())
     status, line, _ = cli(*FLAGS, *filled)
-    assert (status, line.count("\n")) == (2, 0) and line.startswith("error: ") and message in line and len(line) < 700, line
+    assert (status, line.count("\n")) == (2, 0), line
+    assert line.startswith("error: ") and message in line and len(line) < 700, line
     assert list(bad.iterdir()) == start
     assert not out.exists()
 
@@ -311,19 +358,24 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     out, config = tmp_path / "run", asdict(au.Config(model="toy"))
     assert not is_finished(out, config)
     open_folder(out, config)
-    for changes, message in (({}, "holds a begun run: --resume goes on with it"), ({"resume": True, "lr": 0.5}, "lr 1e-05 -> 0.5")):
+    for changes, message in (
+        ({}, "holds a begun run: --resume goes on with it"),
+        ({"resume": True, "lr": 0.5}, "lr 1e-05 -> 0.5"),
+    ):
         with pytest.raises(ValueError, match=message):
             is_finished(out, {**config, **changes})
     close_folder(out, {"config": config})
     with pytest.raises(ValueError, match="holds a finished run"):
         is_finished(out, config)
-    assert is_finished(out, {**config, "resume": True}) and not is_finished(out, {**config, "overwrite": True})
+    assert is_finished(out, {**config, "resume": True})
+    assert not is_finished(out, {**config, "overwrite": True})
     open_folder(out, {**config, "overwrite": True})
     assert not (out / "results.json").exists()
 
 
 def test_a_picture_is_not_overwritten(tmp_path):
-    arguments = "--task", "sample", "--prompts", "a church", "--eval-steps", "1", "--out", str(tmp_path)
+    arguments = ["--task", "sample", "--prompts", "a church", "--eval-steps", "1",
+                 "--out", str(tmp_path)]
     assert cli(*arguments)[0] == 0
     status, line, _ = cli(*arguments, "--seed", "1")
     assert status == 2 and "is there already; --overwrite replaces it" in line
@@ -353,7 +405,8 @@ def test_concept_names_stay_inside_the_output_folder():
 
 
 def test_no_pickle_and_no_eval_anywhere():
-    ours = [path for folder in ("", "sd_mini", "sd_mini/lab", "sd_mini/toy", "tests") for path in (ROOT / folder).glob("*.py")]
+    folders = ("", "sd_mini", "sd_mini/lab", "sd_mini/toy", "tests")
+    ours = [path for folder in folders for path in (ROOT / folder).glob("*.py")]
     words = ["torch." + "load", "import " + "pickle", "ev" + "al(", "ex" + "ec("]
     found = [(path.name, word) for path in ours for word in words
              if word in path.read_text().replace(".ev" + "al()", "")]

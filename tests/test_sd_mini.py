@@ -1,4 +1,4 @@
-"""The schedule against closed forms; loading; sampling."""
+"""The schedule, against closed forms; sampling; loading."""
 import json
 import shutil
 
@@ -38,20 +38,23 @@ def test_add_noise_keeps_the_variance(schedule, generator):
 def test_ddim_step_with_the_true_noise_moves_along_the_forward_process(schedule, generator):
     x_0, noise = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(2))
     x_t = schedule.add_noise(x_0, noise, 801)
-    torch.testing.assert_close(schedule.ddim_step(x_t, noise, 801, 781), schedule.add_noise(x_0, noise, 781), rtol=1e-4, atol=1e-4)
+    found, expected = schedule.ddim_step(x_t, noise, 801, 781), schedule.add_noise(x_0, noise, 781)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_last_step_ends_at_alpha_bar_0(schedule, generator):
     x_0, noise = (torch.randn(1, 4, 2, 2, generator=generator) for _ in range(2))
     x_t = schedule.add_noise(x_0, noise, 1)
-    torch.testing.assert_close(schedule.ddim_step(x_t, noise, 1, -19), schedule.add_noise(x_0, noise, 0), rtol=1e-5, atol=1e-5)
+    found, expected = schedule.ddim_step(x_t, noise, 1, -19), schedule.add_noise(x_0, noise, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_timesteps_are_those_of_stable_diffusion(schedule):
     steps = schedule.timesteps(50)
-    assert steps[0] == 981 and steps[-1] == 1 and len(steps) == 50 and set(a - b for a, b in zip(steps, steps[1:])) == {20}
+    assert steps[0] == 981 and steps[-1] == 1 and len(steps) == 50
+    assert set(a - b for a, b in zip(steps, steps[1:])) == {20}
     assert schedule.timesteps(999)[0] == 999
-    for steps in (0, 1000):  # the first of 1000 would be time step 1000
+    for steps in (0, 1000):  # of 1000 steps the first would be time step 1000
         with pytest.raises(ValueError, match="steps must be from 1 to 999"):
             schedule.timesteps(steps)
 
@@ -61,7 +64,8 @@ def test_v_to_eps_inverts_the_definition_of_v(schedule, generator):
     t = torch.tensor([10, 900])
     a = schedule.alpha_bar[t].view(-1, 1, 1, 1)
     v = a.sqrt() * noise - (1 - a).sqrt() * x_0
-    torch.testing.assert_close(schedule.v_to_eps(v, schedule.add_noise(x_0, noise, t), t), noise, rtol=1e-4, atol=1e-5)
+    eps = schedule.v_to_eps(v, schedule.add_noise(x_0, noise, t), t)
+    torch.testing.assert_close(eps, noise, rtol=1e-4, atol=1e-5)
 
 
 def test_text_encoder_takes_ids_or_embeddings(sd):
@@ -89,7 +93,7 @@ def test_guidance_one_is_the_conditional_model(sd):
 
 @pytest.fixture
 def copy(tmp_path):
-    """A copy of the toy's text encoder, to be damaged."""
+    """A copy of the toy's text encoder. Tests damage it."""
     folder = tmp_path / "text_encoder"
     shutil.copytree(TOY / "text_encoder", folder)
     return folder
@@ -105,7 +109,8 @@ def test_save_and_load_round_trip(sd, tmp_path):
 @pytest.mark.parametrize("damage, message", [
     (lambda t: t.pop("text_model.final_layer_norm.weight"), "final_layer_norm.weight is missing"),
     (lambda t: t.update(surprise=torch.zeros(1)), "surprise does not belong there"),
-    (lambda t: t.update({"text_model.final_layer_norm.bias": torch.zeros(3)}), "final_layer_norm.bias has another shape"),
+    (lambda t: t.update({"text_model.final_layer_norm.bias": torch.zeros(3)}),
+     "final_layer_norm.bias has another shape"),
 ])
 def test_loading_is_strict_and_names_the_tensor(copy, damage, message):
     tensors = load_file(copy / "model.safetensors")
@@ -127,4 +132,5 @@ def test_missing_parts_are_named(copy, tmp_path):
 def test_toy_weights_are_small_and_the_layout_is_whole():
     assert sum(f.stat().st_size for f in TOY.rglob("*") if f.is_file()) <= 25e6
     index = json.loads((TOY / "model_index.json").read_text())
-    assert all((TOY / part).is_dir() for part, library in index.items() if isinstance(library, list) and library[0])
+    parts = [part for part, library in index.items() if isinstance(library, list) and library[0]]
+    assert all((TOY / part).is_dir() for part in parts)

@@ -1,4 +1,4 @@
-"""The toy world and its classifier: what the whole project stands on."""
+"""The toy world and its classifier. All other tests on the toy rely on them."""
 import itertools
 
 import numpy as np
@@ -14,9 +14,11 @@ ERASABLE = ["church", "garbage truck", "parachute", "tench"]
 
 
 def test_drawing_is_seeded_and_every_object_place_and_style_draws():
-    kinds = [(object, word) for object, words in world.OBJECTS.items() for word in words] + [("nothing", "nothing")]
+    kinds = [(object, word) for object, words in world.OBJECTS.items() for word in words]
+    kinds.append(("nothing", "nothing"))
     looks = [(style, phrase) for style, phrases in world.STYLES.items() for phrase in phrases]
-    for ((object, word), (style, phrase)), place in zip(itertools.product(kinds, looks), itertools.cycle(world.PLACES)):
+    pairs, places = itertools.product(kinds, looks), itertools.cycle(world.PLACES)
+    for ((object, word), (style, phrase)), place in zip(pairs, places):
         scene = world.Scene(object, word, "red", place, style, phrase)
         a, b = (world.draw(scene, np.random.default_rng(5)) for _ in range(2))
         assert a.shape == (64, 64, 3) and a.dtype == np.uint8 and (a == b).all()
@@ -24,19 +26,28 @@ def test_drawing_is_seeded_and_every_object_place_and_style_draws():
 
 @pytest.mark.parametrize("concept", [*ERASABLE, "van gogh"])
 def test_synonyms_share_no_token_with_the_name(sd, concept):
-    """Else erasing the name erases the synonym with it, and there is no loophole for an attack to find."""
+    """If they shared one, erasing the name would erase the synonym too.
+
+    Then an attack would have nothing to find.
+    """
     listed = read_concepts(concept)[0].synonyms
-    in_captions = " ".join(world.OBJECTS.get(concept, world.STYLES.get(concept, {}))).split()
-    assert len(listed) >= 2 and all(word in in_captions for synonym in listed for word in synonym.split())
+    captions = world.OBJECTS.get(concept, world.STYLES.get(concept, {}))
+    in_captions = " ".join(captions).split()
+    assert len(listed) >= 2
+    assert all(word in in_captions for synonym in listed for word in synonym.split())
     name, *synonyms = (set(sd.tokenizer(words).input_ids[1:-1]) for words in (concept, *listed))
     assert all(not name & synonym for synonym in synonyms)
 
 
 @pytest.mark.parametrize("concept", ERASABLE)
 def test_synonyms_are_drawn_as_kinds_of_their_own(concept):
-    """Else every word for it gets the same embedding, and erasing one erases all."""
-    pictures = [world.draw(world.Scene(concept, word, "red", "sky", "photo", ""), np.random.default_rng(1)).astype(int)
-                for word in world.OBJECTS[concept]]
+    """If they were drawn alike, all words for a concept would get the same embedding.
+
+    Then erasing one word would erase all.
+    """
+    scenes = [world.Scene(concept, word, "red", "sky", "photo", "")
+              for word in world.OBJECTS[concept]]
+    pictures = [world.draw(scene, np.random.default_rng(1)).astype(int) for scene in scenes]
     assert all(np.abs(a - b).mean() > 5 for i, a in enumerate(pictures) for b in pictures[:i])
 
 
@@ -46,24 +57,30 @@ def test_captions_are_varied_fit_the_context_and_are_whole_words(sd):
     assert len(set(captions)) > 1000
     ids = sd.tokenizer(captions).input_ids
     assert max(map(len, ids)) + 3 <= sd.context_length
-    assert max(len(row) - 2 - len(caption.split()) for row, caption in zip(ids, captions)) == 0
+    pairs = zip(ids, captions)
+    assert max(len(row) - 2 - len(caption.split()) for row, caption in pairs) == 0
 
 
 def test_classifier_is_right_on_freshly_drawn_pictures():
     rng = np.random.default_rng(77)
     scenes = [world.random_scene(rng) for _ in range(300)]
-    pictures = torch.from_numpy(np.stack([world.draw(s, rng).transpose(2, 0, 1) for s in scenes])).float() / 255
+    drawn = np.stack([world.draw(s, rng).transpose(2, 0, 1) for s in scenes])
+    pictures = torch.from_numpy(drawn).float() / 255
     found = load_classifier().labels(pictures)
     for kind in ("object", "style"):
-        assert np.mean([f == getattr(s, kind) for f, s in zip(found[kind], scenes)]) >= 0.98
-    ruined = disturb(pictures, torch.ones(300) > 0, torch.Generator().manual_seed(77))  # as an erased model draws at times
+        right = [f == getattr(s, kind) for f, s in zip(found[kind], scenes)]
+        assert np.mean(right) >= 0.98
+    # An erased model draws pictures like these at times.
+    ruined = disturb(pictures, torch.ones(300) > 0, torch.Generator().manual_seed(77))
     assert load_classifier().labels(ruined)["object"].count("nothing") >= 0.98 * 300
 
 
 def test_the_toy_draws_what_is_asked(sd):
-    prompts = [f"a photo of a {name}" for name in world.OBJECTS] + ["a sketch of a house", "a painting of a tree by van gogh"]
-    found = load_classifier().labels(sd.sample(prompts, seed=list(range(len(prompts))), steps=15))
-    right = [f == name for f, name in zip(found["object"], world.OBJECTS)] + [found["style"][-2] == "sketch",
-                                                                              found["style"][-1] == "van gogh"]
+    prompts = [f"a photo of a {name}" for name in world.OBJECTS]
+    prompts += ["a sketch of a house", "a painting of a tree by van gogh"]
+    pictures = sd.sample(prompts, seed=list(range(len(prompts))), steps=15)
+    found = load_classifier().labels(pictures)
+    right = [f == name for f, name in zip(found["object"], world.OBJECTS)]
+    right += [found["style"][-2] == "sketch", found["style"][-1] == "van gogh"]
     assert sum(right) >= len(right) - 1
     assert set(found["object"]) <= set(LABELS["object"])

@@ -1,10 +1,10 @@
-"""Run the test suite at both ends of the transformers range, each in a virtual environment of its own.
+"""Run the tests at both ends of the transformers range, each in a virtual environment of its own.
 
     python tests/versions.py                 both ends
     python tests/versions.py 4.45.0          one of them; further words go to pytest
 
-What is erased under one version is opened by the other: `tests/test_published.py` saves and opens with whichever is
-installed, and the files are the same bytes, which this script checks last.
+What is erased under one version can be opened under the other. `tests/test_published.py` saves and
+opens with the version that is installed. The files are the same bytes: this script checks it last.
 """
 import hashlib
 import os
@@ -15,7 +15,11 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ENDS = {"4.45.0": "diffusers==0.31.0", "5.*": "diffusers"}  # transformers -> a diffusers of its time
+ENDS = {"4.45.0": "diffusers==0.31.0", "5.*": "diffusers"}  # transformers -> diffusers of its time
+REPORT = """
+import transformers, torch
+print('transformers', transformers.__version__, 'torch', torch.__version__)
+"""
 SAVE = """
 import hashlib, sys, sd_mini
 sd_mini.save_part(sd_mini.load("toy").text_encoder, sys.argv[1], "text_encoder")
@@ -23,7 +27,8 @@ sd_mini.save_part(sd_mini.load("toy").text_encoder, sys.argv[1], "text_encoder")
 
 
 def run(python, *arguments):
-    subprocess.run([python, *arguments], cwd=ROOT, check=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    subprocess.run([python, *arguments], cwd=ROOT, check=True, env=environment)
 
 
 def main(versions, pytest_arguments):
@@ -32,11 +37,13 @@ def main(versions, pytest_arguments):
         with tempfile.TemporaryDirectory() as folder:
             venv.create(folder, with_pip=True)
             python = str(Path(folder) / "bin/python")
-            run(python, "-m", "pip", "install", "-q", "-r", "requirements.txt", f"transformers=={version}", ENDS[version])
-            run(python, "-c", "import transformers, torch; print('transformers', transformers.__version__, 'torch', torch.__version__)")
+            packages = [f"transformers=={version}", ENDS[version]]
+            run(python, "-m", "pip", "install", "-q", "-r", "requirements.txt", *packages)
+            run(python, "-c", REPORT)
             run(python, "-m", "pytest", "-q", *pytest_arguments)
             run(python, "-c", SAVE, str(Path(folder) / "saved"))
-            digests[version] = hashlib.sha256((Path(folder) / "saved/model.safetensors").read_bytes()).hexdigest()
+            saved = (Path(folder) / "saved/model.safetensors").read_bytes()
+            digests[version] = hashlib.sha256(saved).hexdigest()
     assert len(set(digests.values())) == 1, digests
     print("all pass; the saved text encoder is the same bytes:", digests)
 
