@@ -99,7 +99,14 @@ def make(out, only=()):
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip")
     for name in ("sd_mini", "prompts", "tests"):
         shutil.copytree(ROOT / name, out / name, ignore=ignore)
-    for name in ("advunlearn.py", "requirements.txt", "README.md", "TUTORIAL.md", "LICENSE", ".gitignore"):
+    for name in (
+        "advunlearn.py",
+        "requirements.txt",
+        "README.md",
+        "TUTORIAL.md",
+        "LICENSE",
+        ".gitignore",
+    ):
         shutil.copy(ROOT / name, out / name)
     with zipfile.ZipFile(out / "tests/reference.zip", "w") as solutions:
         for file in FILES:
@@ -159,7 +166,7 @@ def students():
 
 
 def references():
-    """{file: module} with the solutions: this project's, or in a student's copy those of the zip."""
+    """{file: module} with the solutions: this project's, or in a student's copy the zip's."""
     if not REFERENCE.is_file():
         return students()
     if str(REFERENCE) not in sys.path:

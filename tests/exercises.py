@@ -73,7 +73,8 @@ def random(seed, *shape):
 
 @check(1)
 def is_the_closed_form(s, seed):
-    x_0, eps, t = random(seed, 3, 4, 2, 2), random(seed + 1, 3, 4, 2, 2), torch.tensor([1, 400, 980])
+    x_0, eps = random(seed, 3, 4, 2, 2), random(seed + 1, 3, 4, 2, 2)
+    t = torch.tensor([1, 400, 980])
     a = s.schedule.alpha_bar[t].view(3, 1, 1, 1)
     close(s.schedule.add_noise(x_0, eps, t), a.sqrt() * x_0 + (1 - a).sqrt() * eps,
           "x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps")
@@ -246,7 +247,8 @@ def prefix_stands_behind_the_start(s, seed):
     out = s.insert_prefix(ids, torch.full((2, k), 7))
     assert out.shape == ids.shape, f"shape {tuple(out.shape)}: the length must stay {ids.shape[1]}"
     assert out[:, 0].tolist() == [100, 100], "the start token must stay first"
-    assert out[:, 1 : 1 + k].unique().tolist() == [7], "the prefix comes right behind the start token"
+    assert out[:, 1 : 1 + k].unique().tolist() == [7], (
+        "the prefix comes right behind the start token")
     assert out[0, 1 + k : 5 + k].tolist() == [1, 2, 3, 101][: 7 - k], "then the prompt and its end"
 
 

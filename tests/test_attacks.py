@@ -147,7 +147,7 @@ def test_attacks_leave_the_model_alone(sd, attacked, generator):
 
 @pytest.fixture(scope="session")
 def other_tokenizer(sd):
-    """The toy with a padding token of its own, "!" as in Stable Diffusion 2, and another context."""
+    """The toy with a padding token of its own, "!" as in Stable Diffusion 2; context 17."""
     folder = sd.folder / "tokenizer"
     tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token="!")
     encoder = replace(sd, tokenizer=tokenizer, text_encoder=copy.copy(sd.text_encoder))

@@ -324,7 +324,8 @@ BAD = [  # arguments -> what the line says
     ("--precision fp16", "--precision 'fp16': choose from fp32, bf16"),
     ("--out {file}", "file is not a folder that can be written to"),
     ("--out /dev/null/x", "/dev/null is not a folder that can be written to"),
-    *([] if torch.cuda.is_available() else [("--device cuda --out {new}", "there is no CUDA device")]),
+    *([] if torch.cuda.is_available() else [
+        ("--device cuda --out {new}", "there is no CUDA device")]),
     ("--device gpu --out {new}", "--device gpu: choose from cpu, cuda"),
     ("--judge {nowhere}:church --out {new}", "nowhere"),
 ]

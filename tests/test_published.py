@@ -355,7 +355,8 @@ def test_pickles_are_refused(folder):
 
 def test_other_pipelines_are_refused_by_name(folder):
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    with pytest.raises(ValueError, match="a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"):
+    message = "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"
+    with pytest.raises(ValueError, match=message):
         sd_mini.load(folder)
 
 

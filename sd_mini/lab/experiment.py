@@ -36,6 +36,7 @@ class Experiment(NamedTuple):
     evaluation_set: EvaluationSet
     work: Work
     started: float
+    scored: object = None  # the model that --task evaluate scores
 
 
 def load_model(config):
@@ -74,9 +75,10 @@ def open_experiment(method, config):
     sd_o = load_model(config)
     evaluation_set = load_evaluation_set(sd_o, concepts, config, config.model in TOY_UNETS)
     method.check(sd_o, erase, retain, [row.prompt for row in evaluation_set.rows], config)
+    scored = with_text_encoder(sd_o, config) if config.text_encoder else None
     work = Work(sd_o)
-    original = draw_all(sd_o, evaluation_set, config)
-    return Experiment(sd_o, concepts, evaluation_set._replace(original=original), work, started)
+    evaluation_set = evaluation_set._replace(original=draw_all(sd_o, evaluation_set, config))
+    return Experiment(sd_o, concepts, evaluation_set, work, started, scored)
 
 
 def train(method, experiment, config, folder=None):

@@ -31,12 +31,11 @@ def erase_or_score(method, config):
         print(f"{out}: is finished; --overwrite starts anew")
         return
     experiment = open_experiment(method, config)
-    scored = with_text_encoder(experiment.sd_o, config) if config.text_encoder else None
     ranks.on_first(runs.open_folder, out, asdict(config))
     print(f"{len(experiment.evaluation_set.rows)} prompts, attacked in {config.eval_attack_steps} "
           "steps, in the original and the erased model")
     results, pictures = {}, {}
-    for name, model in (("original", experiment.sd_o), ("erased", scored)):
+    for name, model in (("original", experiment.sd_o), ("erased", experiment.scored)):
         sd, results[name], pictures[name] = run(method, experiment, config, out, name, model)
     print(report.table(results))
     ranks.on_first(write_outputs, out, method, experiment, config, sd, results, pictures)
@@ -83,7 +82,7 @@ def sample(method, config):
 
 
 def run_task(method, given):
-    """Flags -> exit status: 0; 1 where a run broke off; 2 for bad input; 130 where it was stopped."""
+    """Flags -> exit status: 0; 1: a run broke off; 2: the input is at fault; 130: it was stopped."""
     tasks = {"train": erase_or_score, "evaluate": erase_or_score, "compare": compare,
              "sample": sample}
     if threading.current_thread() is threading.main_thread():
