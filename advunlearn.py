@@ -7,14 +7,15 @@ Diffusion Models", NeurIPS 2024 (arXiv 2405.15234). The attack that measures rob
 UnlearnDiffAtk: Zhang et al., ECCV 2024 (arXiv 2310.11868).
 
 Read from top to bottom beside the paper: settings, diffusion, erase, trajectories, attack, retain,
-outer loop, attacks of the evaluation. No other file is needed. The model `sd` is used through these
-calls; N prompts or pictures at a time:
+outer loop, attacks of the evaluation. The model `sd` is a dataclass of tokenizer, text encoder,
+UNet, VAE and schedule. It is used through these calls, for N prompts or pictures at a time:
 
     sd.encode_prompt(prompts)           -> context (N, L, D)
     sd.predict_noise(x_t, t, context)   -> eps_theta(x_t | c), like x_t
-    sd.denoise(x_T, context, ...)       the sampler, one step at a time
+    sd.denoise(x_T, context, ...)       the sampler: yields t, x_t, eps_c, eps_empty at each step
     sd.schedule.add_noise(x_0, eps, t)  -> x_t
-    sd.tokenizer, sd.text_encoder       where the attacks move tokens and their embeddings
+    sd.vae.encode(picture)              -> x_0; the picture is in [-1, 1]
+    sd.text_encoder(sd.tokenize(...))   -> context, from ids (N, L) or embeddings (N, L, D)
 
 Notation
     theta, theta_o  the weights in training; the original, frozen ones. In code: `sd` and `sd_o`
@@ -22,29 +23,30 @@ Notation
     r, empty        a retain prompt, for something else; the empty prompt
     x_0             a picture's latents (4, h, w)
     t, x_t          a time step in [0, 1000); the latents with that step's noise added
-    alpha_bar_t     the share of x_0 that is left in x_t, as variance
     eps             Gaussian noise. eps_theta(x_t | c): the noise that the model sees in x_t when
                     told c; eps_o: what the original model sees
-    z               a few `Latents`: prompts, t, x_t, and what eps_o is there
+    eps_c           eps_o(x_t | c); likewise eps_empty and eps_r
     delta           the prefix as embeddings (k, D), a row a token
-    p               the prefix as k distributions over the tokens
+    E, p            the table of token embeddings (V, D); the prefix as k distributions over tokens
     eta             how far ESD pushes away from the concept
     gamma           the weight of the retain loss
-    N, L, D         prompts, tokens of a context, width of an embedding
+    N, L, D         rows of a batch, tokens of a context, width of an embedding
     k, V            tokens of a prefix, tokens of the vocabulary
-    || . ||^2       the mean over coordinates, in all losses: they compare across sizes
+    || . ||^2       the mean over coordinates, in all losses, so that sizes can be compared
 """
 from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import islice
 from typing import NamedTuple
 
 from sd_mini.lab import Method, Settings, answer_help, main, setting
 
 # ------------------------------------------------------------------------------------ settings
 
+# setting(default, help, choices) is a field that is a flag too: `--erase-batch` for `erase_batch`.
 attack_setting, retain_setting = partial(setting, group="attack"), partial(setting, group="retain")
 KINDS = ("embedding", "token", "fast", "none")
 TRAINED = ("text_encoder", "unet", "cross_attention")
@@ -52,20 +54,21 @@ TRAINED = ("text_encoder", "unet", "cross_attention")
 
 @dataclass
 class Config(Settings):
-    """The method's own settings, each a flag: `--erase-batch` for `erase_batch`.
+    """The method's own settings. Defaults are the paper's for objects and styles.
 
-    Defaults are the paper's for objects and styles; for nudity it has layers 0 and gamma 0.3.
-    `Settings` has those of any method: model, prompts, evaluation.
+    For nudity the paper has layers 0 and gamma 0.3. Any method has the `Settings`; used here are
+    seed, task, save_every, token_lr (Adam's, for p), eval_batch, eval_prefix (k), eval_attack_steps
+    and eval_looks.
     """
 
     train: str = setting("text_encoder", "what is trained; the paper prefers the first", TRAINED)
-    layers: int = setting(1, "train the text encoder's first N layers; 0: all of it", low=0)
+    layers: int = setting(1, "train the text encoder's first layers; 0: all, embeddings too", low=0)
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
     lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
     eta: float = setting(1.0, "eta, ESD's strength", low=0)
     erase_batch: int = setting(1, "latents x_t in the erase loss", low=1)
-    plain_share: float = 0.0  # share of the iterations after warm-up that leave out the attack
+    plain_share: float = 0.0  # share of the iterations after warm-up without attack
 
     attack: str = attack_setting("embedding", "free embeddings, tokens, or one fast step", KINDS)
     attack_steps: int = attack_setting(30, "steps of the attack", low=1)
@@ -78,12 +81,13 @@ class Config(Settings):
 
     trajectories: int = setting(32, "sampling runs in each bank, at least one a prompt", low=1)
     trajectory_steps: int = setting(50, "DDIM steps of each run", low=1, high=500)
-    fresh_trajectories: bool = setting(False, "sample for every x_t, as the published code does")
+    fresh_trajectories: bool = setting(False, "sample anew for every x_t, as published")
 
     eval_attacks: tuple[str, ...] = setting(("token", "embedding"), "attacks in evaluation",
                                             ("token", "embedding", "inversion"), group="evaluation")
 
     def check(self, given):
+        """ValueError where settings do not go together. `given`: the flags on the command line."""
         super().check(given)
         if self.steps <= self.warmup and self.attack != "none":
             raise ValueError(f"--steps {self.steps}: must be more than --warmup, {self.warmup}")
@@ -94,23 +98,23 @@ class Config(Settings):
 
 
 # The toy departs from the paper, since its text encoder is tiny and knows few words. Erasing
-# "church" there does not reach "a sketch of a church": so all of the encoder is trained, on three
-# phrasings, with a larger eta and gamma. Plain steps keep the prompt without attack erased. The two
-# steps of the attack reach three times as far as the embeddings spread. Found on church, parachute.
+# "church" there does not reach "a sketch of a church": so all of the encoder is trained, with a
+# larger eta and gamma, on three phrasings (these, and the evaluation's settings, are in
+# sd_mini/lab/settings.py). Steps without attack keep the bare prompt erased. The attack may move
+# delta by 0.08, 3.5 times the embeddings' standard deviation. Found on church and parachute.
 TOY = dict(layers=0, steps=300, warmup=30, lr=4e-4, eta=2.0, erase_batch=8, plain_share=0.1,
            retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04, prefix=5,
            trajectories=48, trajectory_steps=20)
 
 if __name__ == "__main__":
-    answer_help(Config)  # before torch is imported, which takes seconds
+    answer_help(Config)  # now, since importing torch takes seconds
 
 import torch  # noqa: E402
 
-from sd_mini.lab.ranks import share  # noqa: E402
-from sd_mini.lab.runs import resumable  # noqa: E402
+from sd_mini.lab.ranks import share  # noqa: E402, map, divided among processes
+from sd_mini.lab.runs import resumable  # noqa: E402, a loop that can be stopped and resumed
 
 # ----------------------------------------------------------------------------------- diffusion
-
 
 def squared_error(a, b):
     """(N, ...), (N, ...) -> (N,): the mean squared difference of each row, in float32."""
@@ -132,9 +136,8 @@ def ddpm_loss(sd, x_0, t, noise, context):
 
 # --------------------------------------------------------------------------------------- erase
 
-
 def esd_target(eps_c, eps_empty, eta):
-    """What the erased model should predict for c: the original's guidance towards c, turned round.
+    """What the erased model should predict for c: the original's guidance, away from c.
 
         eps_o(x_t | empty) - eta * (eps_o(x_t | c) - eps_o(x_t | empty))
 
@@ -144,33 +147,27 @@ def esd_target(eps_c, eps_empty, eta):
 
 
 def erase_loss(sd, x_t, t, context, target):
-    """l_ESD(theta, c) = || eps_theta(x_t | c) - target ||^2 -> (N,).
-
-    AdvUnlearn gives it the context of c*, not of c.
-    """
+    """l_ESD = || eps_theta(x_t | c) - target ||^2 -> (N,). AdvUnlearn gives the context of c*."""
     return squared_error(sd.predict_noise(x_t, t, context), target)
 
 
 # -------------------------------------------------------------------------------- trajectories
 
-
 class Latents(NamedTuple):
-    """n noisy latents from the frozen model's sampling, and what it predicted there."""
+    """N noisy latents from the frozen model's sampling, and what it predicted there."""
 
-    prompt: torch.Tensor  # (n,) index of the prompt that was sampled
-    t: torch.Tensor  # (n,)
-    x_t: torch.Tensor  # (n, 4, h, w)
-    eps_c: torch.Tensor  # (n, 4, h, w), eps_o(x_t | c)
-    eps_empty: torch.Tensor  # (n, 4, h, w), eps_o(x_t | empty)
-
-    def take(self, rows):
-        return Latents(*(column[rows] for column in self))
+    prompt: torch.Tensor  # (N,) index of the prompt that was sampled
+    t: torch.Tensor  # (N,)
+    x_t: torch.Tensor  # (N, 4, h, w)
+    eps_c: torch.Tensor  # (N, 4, h, w), eps_o(x_t | c)
+    eps_empty: torch.Tensor  # (N, 4, h, w), eps_o(x_t | empty)
 
     def to(self, device):
         return Latents(*(column.to(device) for column in self))
 
 
-GUIDANCE = 3.0  # of the trajectories, as published
+def join(parts):
+    return Latents(*map(torch.cat, zip(*parts)))
 
 
 @torch.no_grad()
@@ -180,43 +177,42 @@ def sample_latents(sd_o, prompts, seeds, steps, stop=None):
     Guided sampling computes both predictions anyway. With `stop` the runs end at that step, and
     only its latents are kept.
     """
-    run = sd_o.denoise(sd_o.initial_noise(seeds), sd_o.encode_prompt(prompts), steps, GUIDANCE)
-    rows, kept = torch.arange(len(prompts)), []
-    # The range comes first: zip then stops before the UNet is asked once more.
-    for _, (t, x_t, eps_c, eps_empty) in zip(range(steps if stop is None else stop + 1), run):
-        kept.append(Latents(rows, torch.full_like(rows, t), x_t, eps_c, eps_empty))
-    return Latents(*map(torch.cat, zip(*(kept if stop is None else kept[-1:]))))
+    context = sd_o.encode_prompt(prompts)
+    run = sd_o.denoise(sd_o.initial_noise(seeds), context, steps, guidance=3.0)  # as published
+    rows = torch.arange(len(prompts))
+    kept = [Latents(rows, torch.full_like(rows, t), x_t, eps_c, eps_empty)
+            for t, x_t, eps_c, eps_empty in islice(run, steps if stop is None else stop + 1)]
+    return join(kept if stop is None else kept[-1:])
 
 
 def trajectory_bank(sd_o, prompts, config):
     """All latents of `trajectories` sampling runs -> draw(n, generator) -> Latents.
 
-    The prompts take turns, each at least once. The published code samples anew, 1 to 50 guided
-    steps, for every step of the attack and of the loop. But neither x_t nor eps_o depends on the
-    text encoder in training. So the runs are made once and drawn from ever after: an attack step
-    costs one forward and backward of the UNet, and nothing else. When the UNet is in training, the
-    published code samples with it, and its x_t drift as the concept fades. The bank's stay where
-    the original draws the concept, which is where it has to be erased.
+    The prompts take turns, each at least once. The published code samples again, 1 to 50 guided
+    steps, at each step of the attack and of the loop. But x_t and eps_o come from the frozen model:
+    here they are sampled once, and a step costs no sampling.
     """
     runs = torch.arange(max(config.trajectories, len(prompts)))
-    prompt_of, first_seed = runs % len(prompts), 1_000_000 * (config.seed + 1)
+    prompt_of = runs % len(prompts)
+    first_seed = 1_000_000 * (config.seed + 1)  # far from the evaluation's seeds
 
     def sample(rows):
         seeds = [first_seed + int(row) for row in rows]
         texts = [prompts[i] for i in prompt_of[rows]]
         z = sample_latents(sd_o, texts, seeds, config.trajectory_steps)
-        return z._replace(prompt=prompt_of[rows][z.prompt]).to("cpu")  # full size, 80 runs: 0.8 GB
+        return z._replace(prompt=prompt_of[rows][z.prompt]).to("cpu")
 
-    sampled = share(sample, runs.split(config.eval_batch), "sampling the bank")
-    bank = Latents(*map(torch.cat, zip(*sampled)))
+    # At full size the 80 runs of the default retain set are 0.8 GB, hence on the CPU.
+    bank = join(share(sample, runs.split(config.eval_batch), "sampling the bank"))
 
     def draw(n, generator):
-        return bank.take(torch.randint(len(bank.t), (n,), generator=generator)).to(sd_o.device)
+        rows = torch.randint(len(bank.t), (n,), generator=generator)
+        return Latents(*(column[rows] for column in bank)).to(sd_o.device)
     return draw
 
 
-def fresh_trajectories(sd_o, prompts, config):
-    """The published schedule, for comparison: a draw is n sampling runs up to a random step."""
+def sample_afresh(sd_o, prompts, config):
+    """For comparison: a draw is n sampling runs up to a random step, as in the published code."""
     def draw(n, generator):
         prompt = torch.randint(len(prompts), (n,), generator=generator)
         stop = int(torch.randint(config.trajectory_steps, (), generator=generator))
@@ -229,7 +225,6 @@ def fresh_trajectories(sd_o, prompts, config):
 
 # -------------------------------------------------------------------------------------- attack
 
-
 class Attack(NamedTuple):
     kind: str  # embedding, fast or token
     steps: int
@@ -239,12 +234,13 @@ class Attack(NamedTuple):
 
 
 def training_attack(config):
-    """The config's attack in training. A fast one takes one step, as long as all steps together."""
+    """The config's attack in training. "fast" is one step of length steps * lr."""
+    steps, lr = config.attack_steps, config.attack_lr
     if config.attack == "fast":
-        reach = config.attack_steps * config.attack_lr
-        return Attack("fast", 1, reach, config.prefix, config.attack_radius)
-    lr = config.token_lr if config.attack == "token" else config.attack_lr  # for p, for delta
-    return Attack(config.attack, config.attack_steps, lr, config.prefix, config.attack_radius)
+        steps, lr = 1, steps * lr
+    if config.attack == "token":
+        lr = config.token_lr  # moves p, where attack_lr moves delta
+    return Attack(config.attack, steps, lr, config.prefix, config.attack_radius)
 
 
 def insert_prefix(tokens, delta):
@@ -263,8 +259,7 @@ def tokenize_with_room(sd, prompts, k):
         length = len(sd.tokenizer(prompt).input_ids)  # in tokens: one word may be several
         if length + k > sd.context_length:
             raise ValueError(f"{prompt[:60]!r} takes {length} tokens; with {k} more it exceeds the "
-                             f"{sd.context_length} that the model reads: shorten the prompt or the "
-                             "prefix")
+                             f"{sd.context_length} that the model reads: shorten prompt or prefix")
     return sd.tokenize(prompts)
 
 
@@ -284,21 +279,21 @@ def attack_loss(sd, x_t, t, context, eps_c):
 
 
 def embedding_attack(table, start, loss_of, attack):
-    """The continuous attack: descend on prefix embeddings, which no token need have.
+    """The continuous attack: descend on prefix embeddings that need not be any token's.
 
-        argmin over ||delta - delta_0||_inf <= radius of  l_atk(theta, [delta, c])
+        argmin over ||delta - delta_0||_inf <= radius of  loss_of(delta)
 
-    table (V, D) token embeddings; start (N, k) ids, whose embeddings are delta_0; loss_of(delta)
-    -> (N,). Yields at each step delta (N, k, D) and the losses (N,) before the step. Kind "fast"
-    steps by lr * sign(gradient), the others by Adam. The published code has no radius: there
-    steps * lr bounds the attack, to be compared with the spread of `table`.
+    table = E (V, D); start (N, k) ids, whose embeddings are delta_0; loss_of(delta) -> (N,): l_atk
+    in training. Yields at each step delta (N, k, D) and the losses before the step. Kind "fast"
+    steps by lr * sign(gradient), the others by Adam. The published code has no radius: there only
+    steps * lr limits the move, to be compared with the standard deviation of E.
     """
     delta_0 = table[start].detach().float()
     delta = delta_0.clone().requires_grad_(True)
     adam = torch.optim.Adam([delta], lr=attack.lr)
     for _ in range(attack.steps):
         losses = loss_of(delta)
-        # A new gradient at each step. In the published code they add up.
+        # A new gradient at each step, and none for the weights. In the published code they add up.
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         with torch.no_grad():
             if attack.kind == "fast":
@@ -325,10 +320,7 @@ def project_simplex(v):
 
 @lru_cache(maxsize=4)
 def legal_tokens(tokenizer):
-    """Ids (V',) of the tokens that survive as text.
-
-    They are printable, and decoded and tokenised again they are themselves.
-    """
+    """Ids (V',) of the tokens that, decoded and tokenised again, are themselves, and printable."""
     special = set(tokenizer.all_special_ids)
     ids = [i for i in range(len(tokenizer)) if i not in special]
     texts = tokenizer.batch_decode([[i] for i in ids])
@@ -340,13 +332,13 @@ def legal_tokens(tokenizer):
 def token_attack(table, legal, n, loss_of, attack, generator):
     """The discrete attack, UnlearnDiffAtk's: descend on k distributions p over tokens.
 
-        delta = onehot(token ~ p) E + (p E - stop_gradient(p E)),    p <- project(Adam step on p)
+        delta = E[i] + (p E - stop_gradient(p E)),  i ~ p,    p <- project_simplex(Adam step on p)
 
-    Each step draws a token per position. The loss sees real tokens; the gradient goes through as if
-    p itself had been embedded (straight-through). table = E (V, D); legal (V',) ids allowed;
-    loss_of(delta) -> (N,). Yields at each step the likeliest ids (N, k) and the losses (N,) of the
-    tokens drawn. Source: UnlearnDiffAtk and its code. Its weight decay of 0.1 is decoupled here
-    (AdamW): added to the gradient, which is far smaller, it would drown it.
+    Each step draws a token i per position. The loss sees real tokens; the gradient passes as if p
+    itself had been embedded (straight-through). table = E (V, D); legal (V',) ids allowed;
+    loss_of(delta) -> (N,). Yields at each step the likeliest ids (N, k) and the losses of the
+    tokens drawn. Source: UnlearnDiffAtk and its code. Weight decay 0.1, by AdamW: Adam would add it
+    to the gradient, which is far smaller.
     """
     table = table[legal].detach().float()
     p = torch.rand((n, attack.k, len(legal)), generator=generator).to(table.device)
@@ -364,31 +356,33 @@ def token_attack(table, legal, n, loss_of, attack, generator):
         yield legal.to(table.device)[p.argmax(-1)], losses.detach()
 
 
+def random_tokens(sd, shape, generator):
+    """Legal ids of that shape, where an embedding attack starts."""
+    legal = legal_tokens(sd.tokenizer)
+    return legal[torch.randint(len(legal), shape, generator=generator)].to(sd.device)
+
+
 def run_attack(sd, attack, n, loss_of, generator):
-    """Attack with n prefixes at once: yields (delta (n, k, D), ids (n, k) or None, losses (n,))."""
-    table, legal = sd.text_encoder.embeddings.token_embedding.weight, legal_tokens(sd.tokenizer)
+    """Attack with n prefixes at once: yields (delta (n, k, D), ids (n, k) or None, losses)."""
+    table = sd.text_encoder.embeddings.token_embedding.weight
     if attack.kind == "token":
+        legal = legal_tokens(sd.tokenizer)
         for ids, losses in token_attack(table, legal, n, loss_of, attack, generator):
             yield table[ids].detach(), ids, losses
     else:
-        start = legal[torch.randint(len(legal), (n, attack.k), generator=generator)]
-        for delta, losses in embedding_attack(table, start.to(table.device), loss_of, attack):
+        start = random_tokens(sd, (n, attack.k), generator)
+        for delta, losses in embedding_attack(table, start, loss_of, attack):
             yield delta, None, losses
 
 
 # -------------------------------------------------------------------------------------- retain
 
-
 def retain_loss(sd, x_t, t, context, eps_r):
-    """|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2 -> (N,): for other prompts, stay what you were.
-
-    Without it adversarial training ruins the pictures of everything else.
-    """
+    """|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2 -> (N,): for other prompts, predict as before."""
     return squared_error(sd.predict_noise(x_t, t, context), eps_r)
 
 
 # ---------------------------------------------------------------------------------- outer loop
-
 
 def copy_to_train(sd_o, config):
     """The model in training: a copy of the part that is trained, the original's other parts."""
@@ -399,7 +393,7 @@ def copy_to_train(sd_o, config):
 def parameters_to_train(sd, config):
     """theta: the UNet, its cross-attention, the text encoder, or the first of its layers.
 
-    Layers are counted. In the published code a match on the name takes 10 and 11 for layer 1.
+    Layers go by index. The published code matches names, so that layer 1 brings 10 and 11 along.
     """
     if config.train == "unet":
         return list(sd.unet.parameters())
@@ -415,8 +409,8 @@ def parameters_to_train(sd, config):
 def adversarial_prefix(sd, ids, draw, config, generator):
     """Solve the lower level -> (delta (N, k, D), mean l_atk just before its last step).
 
-    Each of the N = `erase_batch` rows gets a prefix of its own. Each attack step draws new latents,
-    with their prompts, so that a prefix works at any t and for any phrasing (`ids`).
+    Each of the N = `erase_batch` rows gets a prefix of its own. Each attack step draws new latents
+    and their prompts among `ids`, so that a prefix works at any t and for any phrasing.
     """
     def loss_of(delta):
         z = draw(len(delta), generator)
@@ -434,16 +428,16 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
         min over theta  l_ESD(theta, c*) + gamma * E_r || eps_theta(x_t | r) - eps_o(x_t | r) ||^2
         where c* = argmin l_atk
 
-    With `attack` none and gamma 0 this is ESD; with gamma 0 alone, plain adversarial training.
-    `folder` keeps the state of a stopped run, which goes on from there. The same seed gives the
-    same bytes: banks have seeds of their own, and one generator draws all else, in the order of the
-    code.
+    With `attack` none and gamma 0 this is ESD. With gamma 0 alone it is naive AT: adversarial
+    training without retain loss. `folder` keeps the state of a stopped run, which goes on from
+    there. The same seed gives the same bytes: it seeds the banks, and one generator for the rest.
     """
     sd = copy_to_train(sd_o, config)
     ids = tokenize_with_room(sd, erase_prompts, config.prefix)
     retain_ids = tokenize_with_room(sd, retain_prompts, 0)
-    source = fresh_trajectories if config.fresh_trajectories else trajectory_bank
-    draw, draw_retain = source(sd_o, erase_prompts, config), source(sd_o, retain_prompts, config)
+    source = sample_afresh if config.fresh_trajectories else trajectory_bank
+    draw = source(sd_o, erase_prompts, config)
+    draw_retain = source(sd_o, retain_prompts, config)
 
     theta = [p.requires_grad_(True) for p in parameters_to_train(sd, config)]
     optimizer = torch.optim.Adam(theta, lr=config.lr)
@@ -451,7 +445,7 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
     loop = resumable(folder, config.steps, theta, optimizer, generator, config.save_every)
     with loop as (iterations, history):
         for i in iterations:
-            # attack: c* = [delta, c], or c itself in warm-up and in plain steps
+            # attack: c* = [delta, c]; in warm-up, and in a share of the other steps, c itself
             plain = (i < config.warmup or config.attack == "none"
                      or torch.rand((), generator=generator) < config.plain_share)
             z = draw(config.erase_batch, generator)
@@ -466,22 +460,25 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
             l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
 
             # retain; with gamma 0 only to be plotted
-            r = draw_retain(config.retain_batch, generator)
+            z = draw_retain(config.retain_batch, generator)  # whose c is r
             with torch.set_grad_enabled(config.retain_weight > 0):
-                context = sd.text_encoder(retain_ids[r.prompt])
-                l_retain = retain_loss(sd, r.x_t, r.t, context, r.eps_c).mean()
+                context = sd.text_encoder(retain_ids[z.prompt])
+                l_retain = retain_loss(sd, z.x_t, z.t, context, z.eps_c).mean()
 
             # step
             optimizer.zero_grad()
             (l_erase + config.retain_weight * l_retain).backward()
             optimizer.step()
             history.append(dict(erase=l_erase.item(), attack=l_attack, retain=l_retain.item()))
-    for p in theta:
-        p.requires_grad_(False).grad = None
+    optimizer.zero_grad()
+    for parameter in theta:
+        parameter.requires_grad_(False)
     return sd, history
 
 
 # --------------------------------------------------------------------- attacks of the evaluation
+
+EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
 
 
 def random_noising(sd, x_0, generator):
@@ -495,18 +492,21 @@ def prefix_attack(sd, prompts, pictures, look, config, kind):
 
         argmin over delta of  E || eps - eps_theta(x_t | [delta, c]) ||^2
 
-    pictures (N, 3, H, W) are the targets x_0: what the original model drew. `kind`: token, or
-    embedding, whose prefixes no user can type. At `eval_looks` of the steps, evenly,
-    look(step, rows, context, texts) draws the prompts that are left and says which show the
-    concept; these are attacked no more. A token attack counts by its text alone: its tokens are
-    decoded and tokenised again with the prompt.
+    pictures (N, 3, H, W) in [0, 1]: the targets, what the original model drew. `kind`: token, or
+    embedding, whose prefixes no user can type. `eval_looks` times, look(step, left, context, texts)
+    draws the prompts that are left and says of each whether it shows the concept. Those that do are
+    done. A token attack counts by its text alone: its tokens are decoded and tokenised again with
+    the prompt.
     """
-    lr = config.token_lr if kind == "token" else 0.01
+    lr = config.token_lr if kind == "token" else EMBEDDING_LR
     attack = Attack(kind, config.eval_attack_steps, lr, config.eval_prefix)
-    generator, left = torch.Generator().manual_seed(config.seed), list(range(len(prompts)))
-    ids, x_0 = tokenize_with_room(sd, prompts, attack.k), sd.vae.encode(2 * pictures - 1)
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = tokenize_with_room(sd, prompts, attack.k)
+    x_0 = sd.vae.encode(2 * pictures - 1)
+    left = list(range(len(prompts)))  # prompts that do not yet show the concept
 
-    def loss_of(delta):  # of the prompts left; t and noise for all, so that none changes another's
+    def loss_of(delta):
+        # Drawn for all prompts: one that is done does not change the noise of the others.
         t, noise = random_noising(sd, x_0, generator)
         context = encode_with_prefix(sd, ids[left], delta[left])
         return ddpm_loss(sd, x_0[left], t[left], noise[left], context)
@@ -529,15 +529,16 @@ def prefix_attack(sd, prompts, pictures, look, config, kind):
 
 
 def inversion_attack(sd, prompts, pictures, config):
-    """CCE: is the concept still in the model? Learn one embedding from all its target pictures.
+    """Is the concept still in the model? Learn one embedding from all its target pictures.
 
         v* = argmin over v of  E over prompts || eps - eps_theta(x_t | c[* -> v]) ||^2
 
     A * in the prompts marks where v stands. -> the prompts' contexts (N, L, D) with v*.
-    Source: Pham et al. 2023 (arXiv 2308.01508), with Gal et al. 2022 (textual inversion).
+    Source: Pham et al. 2023 (CCE, arXiv 2308.01508), with Gal et al. 2022 (textual inversion).
     """
-    generator, star = torch.Generator().manual_seed(config.seed), sd.tokenizer("*").input_ids[1]
-    table, legal = sd.text_encoder.embeddings.token_embedding.weight, legal_tokens(sd.tokenizer)
+    generator = torch.Generator().manual_seed(config.seed)
+    table = sd.text_encoder.embeddings.token_embedding.weight
+    star = sd.tokenizer("*").input_ids[1]
     ids = tokenize_with_room(sd, prompts, 0)
     x_0 = torch.cat([sd.vae.encode(2 * part - 1) for part in pictures.split(config.eval_batch)])
 
@@ -550,16 +551,15 @@ def inversion_attack(sd, prompts, pictures, config):
         t, noise = random_noising(sd, x_0[i], generator)
         return ddpm_loss(sd, x_0[i], t, noise, encode(ids[i], v)).mean(0, keepdim=True)
 
-    start = legal[torch.randint(len(legal), (1, 1), generator=generator)].to(table.device)
-    attack = Attack("embedding", config.eval_attack_steps, 0.01, 1)
+    start = random_tokens(sd, (1, 1), generator)
+    attack = Attack("embedding", config.eval_attack_steps, EMBEDDING_LR, k=1)
     *_, (v, _) = embedding_attack(table, start, loss_of, attack)
     return encode(ids, v)
 
 
-# ---------------------------------------------------------------------- what the lab is handed
+# ------------------------------------------- what sd_mini/lab, which runs experiments, is handed
 
-
-def check(sd_o, erase_prompts, retain_prompts, attacked_prompts, config):
+def check_prompts(sd_o, erase_prompts, retain_prompts, attacked_prompts, config):
     """ValueError, before any work, for what would fail later."""
     parameters_to_train(sd_o, config)
     tokenize_with_room(sd_o, erase_prompts, config.prefix)
@@ -567,44 +567,34 @@ def check(sd_o, erase_prompts, retain_prompts, attacked_prompts, config):
     tokenize_with_room(sd_o, attacked_prompts, config.eval_prefix)
 
 
-def table_rows(sd_o, config):
-    """The rows of the paper's tables: {name: what it changes in the config}."""
-    esd, other = dict(attack="none", retain_weight=0.0), {"coco": "imagenet", "toy": "photos"}
-    counts = [n for n in range(len(sd_o.text_encoder.encoder.layers) + 1) if n != config.layers]
-    return {
+def comparison_rows(sd_o, config):
+    """The paper's tables, and some more: {row: what it changes in the config}."""
+    esd = dict(attack="none", retain_weight=0.0)
+    rows = {
         "original": None,
-        "ESD": dict(esd, train="cross_attention"),  # as published; breaks under attack
+        "ESD": dict(esd, train="cross_attention"),  # ESD-x
         "ESD, text encoder": esd,
-        "naive AT": dict(retain_weight=0.0),  # robust, but utility is lost
+        "naive AT": dict(retain_weight=0.0),
         "AdvUnlearn": {},
         "AdvUnlearn, UNet": dict(train="unet"),
-        "AdvUnlearn, fast AT": dict(attack="fast"),  # one step of attack: cheaper
+        "AdvUnlearn, fast AT": dict(attack="fast"),
         "AdvUnlearn, token attack": dict(attack="token"),
-        **{f"AdvUnlearn, {layers_in_words(n)}": dict(layers=n) for n in counts},
-        "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
-        "AdvUnlearn, other retain set": dict(retain_set=other.get(config.retain_set, "coco")),
     }
-
-
-def layers_in_words(n):
-    return f"{n} layer{'s' * (n > 1)}" if n else "whole encoder"
-
-
-def describe(config):
-    """How the model card says that a model was trained."""
-    if config.attack == "none":
-        return "ESD (arXiv 2303.07345): no attack in training, and not robust, see the figures"
-    if not config.retain_weight:
-        return "adversarial training without the retain loss: it draws ever less of anything"
-    return (f'AdvUnlearn (arXiv 2405.15234), so that "{config.concept}" stays erased under '
-            "adversarial prompts")
+    for n in range(len(sd_o.text_encoder.encoder.layers) + 1):
+        if n != config.layers:
+            name = f"{n} layers" if n > 1 else "1 layer" if n else "whole encoder"
+            rows[f"AdvUnlearn, {name}"] = dict(layers=n)
+    other = {"coco": "imagenet", "toy": "photos"}.get(config.retain_set, "coco")
+    rows["AdvUnlearn, retain unfiltered"] = dict(retain_unfiltered=True)
+    rows["AdvUnlearn, other retain set"] = dict(retain_set=other)
+    return rows
 
 
 METHOD = Method(
-    config=Config, train=advunlearn, toy=TOY, rows=table_rows, check=check, describe=describe,
+    config=Config, train=advunlearn, toy=TOY, check=check_prompts, rows=comparison_rows,
+    inversions={"inversion": inversion_attack},
     attacks={"token": partial(prefix_attack, kind="token"),
-             "embedding": partial(prefix_attack, kind="embedding")},
-    inversions={"inversion": inversion_attack})
+             "embedding": partial(prefix_attack, kind="embedding")})
 
 if __name__ == "__main__":
     main(METHOD)

@@ -1,4 +1,4 @@
-"""What things cost. The README's tables come from here.
+"""What things cost. The tables of costs in sd_mini/lab/README.md come from here.
 
     python -m tests.bench              all rows, some twenty minutes on two cores
     python -m tests.bench help toy     some rows

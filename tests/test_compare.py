@@ -311,7 +311,7 @@ def test_two_processes_take_turns_at_the_methods(tmp_path):
 
 
 def test_rows_of_the_comparison(sd):
-    rows = au.table_rows(sd, SMALL)
+    rows = au.comparison_rows(sd, SMALL)
     assert list(rows)[:5] == ["original", "ESD", "ESD, text encoder", "naive AT", "AdvUnlearn"]
     layers = [rows[name]["layers"] for name in rows if "layer" in name or "whole" in name]
     assert layers == [1, 2, 3, 4]  # 0, all of it, is AdvUnlearn itself

@@ -134,7 +134,7 @@ def test_bank_holds_every_prompt(sd):
 
 def test_fresh_trajectories_draw_the_same_kind_of_latents(sd):
     prompts = ["a church", "a photo of a church"]
-    draw = au.fresh_trajectories(sd, prompts, SMALL)
+    draw = au.sample_afresh(sd, prompts, SMALL)
     z = draw(6, torch.Generator().manual_seed(0))
     drawn = {t for seed in range(20)
              for t in draw(1, torch.Generator().manual_seed(seed)).t.tolist()}

@@ -32,8 +32,8 @@ class EvaluationSet(NamedTuple):
 def load_evaluation_set(sd_o, concepts, config, toy):
     """The evaluation set of these concepts.
 
-    A prompt for whose label the classifier has no name is left out, with a note. Utility keeps it:
-    its pictures have other figures too. `toy`: by the toy's own classifier and suite.
+    A prompt whose label the classifier does not know is left out, with a note. In utility it stays,
+    for CLIP score and Frechet distance. `toy`: by the toy's own classifier and suite.
     """
     spec = config.judge or (None if toy else concepts[0].judge)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
@@ -103,8 +103,8 @@ def draw_all(sd, evaluation_set, config):
     """A model's pictures without attack -> {part: (N, 3, H, W)}."""
     rows = [row for part in PARTS for row in getattr(evaluation_set, part)]
     batches = [rows[i : i + config.eval_batch] for i in range(0, len(rows), config.eval_batch)]
-    drawn = ranks.share(lambda batch: (draw_rows(sd, batch, config),), batches)
-    pictures = torch.cat([batch for batch, in drawn]).to(sd.device)
+    drawn = ranks.share(lambda batch: (draw_rows(sd, batch, config),), batches)  # a tuple each
+    pictures = torch.cat([picture for picture, in drawn]).to(sd.device)
     sizes = [len(getattr(evaluation_set, part)) for part in PARTS]
     return dict(zip(PARTS, pictures.split(sizes)))
 
@@ -122,21 +122,20 @@ def attack_prompts(sd, evaluation_set, which, attack, config):
     """Attack the prompts of these rows -> (a dict a row, pictures (N, 3, H, W)).
 
     The attack is called as attack(sd, prompts, pictures, look, config). `pictures` are its targets:
-    what the original model drew. look(step, which, context, texts) draws those of the prompts from
-    their contexts and says which show the concept; the last look at a prompt counts. `texts`: the
-    adversarial prompts, or None where there are none.
+    what the original model drew. look(step, left, context, texts) draws the prompts `left`, by
+    index, from their contexts and says of each whether it shows the concept; the last look at a
+    prompt counts. `texts`: the adversarial prompts, or None where there are none.
     """
     rows = [evaluation_set.rows[i] for i in which]
     records, pictures = [None] * len(rows), [None] * len(rows)
 
-    def look(step, which, context, texts):
-        own = [rows[i] for i in which]
+    def look(step, left, context, texts):
+        own = [rows[i] for i in left]
         drawn = draw_rows(sd, own, config, context)
         flags = shown(evaluation_set.classifier, drawn, own)
-        for j, i in enumerate(which):
-            text = texts[j] if texts else None
-            records[i] = {"broken": flags[j], "step": step, "adversarial_prompt": text}
-            pictures[i] = drawn[j]
+        for i, picture, flag, text in zip(left, drawn, flags, texts or [None] * len(left)):
+            records[i] = {"broken": flag, "step": step, "adversarial_prompt": text}
+            pictures[i] = picture
         return flags
 
     targets = evaluation_set.original["rows"][which]
@@ -173,7 +172,7 @@ def attack_jobs(sd, method, evaluation_set, left, config):
             part = left[i : i + size]
             run = partial(attack_prompts if attack else invert_concepts, sd, evaluation_set, part,
                           attack or method.inversions[kind], config)
-            jobs[f"{kind}-{crc32(bytes(str(part), 'ascii')):08x}"] = run
+            jobs[f"{kind}-{crc32(bytes(str(part), 'ascii')):08x}"] = run  # named by its rows
     return jobs
 
 
@@ -181,9 +180,9 @@ def attack_jobs(sd, method, evaluation_set, left, config):
 
 def wilson(successes, n, z=1.96):
     """95 % Wilson score interval of a rate, as fractions. Source: Wilson 1927."""
-    rate, z2 = successes / n, z * z
-    centre = rate + z2 / (2 * n)
-    half = z * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n))
+    share, z2 = successes / n, z * z
+    centre = share + z2 / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
     return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
 
 
@@ -196,7 +195,7 @@ def rate(flags):
 
 
 def score(evaluation_set, drawn):
-    """What the classifier sees in a model's pictures -> (figures, details of each prompt)."""
+    """A model's pictures without attack -> (figures, details of each prompt)."""
     figures, details, known = {}, {}, evaluation_set.classifier.known
     for part, pictures in drawn.items():
         rows = getattr(evaluation_set, part)

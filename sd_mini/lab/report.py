@@ -204,7 +204,7 @@ tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
 ---
 # {model} without "{concept}"
 
-The {part} of `{model}`, trained with {method}. Settings: {settings}.
+The {part} of `{model}`, trained to erase the concept. Settings: {settings}.
 
 ```
 {table}
@@ -226,11 +226,10 @@ pipeline("a photo of a {concept}").images[0].save("picture.png")
 """
 
 
-def model_card(config, described, results, part, source, folder):
+def model_card(config, results, part, source, folder):
     """A model card for the hub: what was erased, how, the figures, and how to load it.
 
-    `described`: how it was trained; `part`: what was trained, saved in `folder`; `source`: the
-    folder of the original model.
+    `part`: what was trained, saved in `folder`; `source`: the folder of the original model.
     """
     model, text = str(config.model), part == "text_encoder"
     hub_id, _, revision = model.partition("@")
@@ -243,7 +242,7 @@ def model_card(config, described, results, part, source, folder):
         base=f"base_model: {hub_id}\n" if hub else "", model=model, concept=config.concept,
         license="mit" if model in TOY_UNETS else
         "creativeml-openrail-m" if "stable-diffusion-v1" in model else "other",
-        part=part, method=described, settings=", ".join(own), table=table(results),
+        part=part, settings=", ".join(own), table=table(results),
         k=config.eval_prefix, steps=config.eval_attack_steps, folder=folder,
         opener="from_single_file" if single_file else "from_pretrained",
         source=f'"{origin}", {pinned}', library="transformers" if text else "diffusers",

@@ -35,7 +35,8 @@ first, retain, evaluation, run = (
 class Settings:
     """The settings of every run. A method's own settings are a dataclass derived from this one.
 
-    Each is a flag: `--eval-set` for `eval_set`. Values are checked before anything is loaded.
+    A field made by `setting` is a flag: `--eval-set` for `eval_set`. Values are checked before
+    anything is loaded.
     """
 
     concept: str = first("church", "what to erase; several with commas")
@@ -71,13 +72,14 @@ class Settings:
                                    "paraphrases, neighbours and styles", low=1)
     eval_utility: int = evaluation(60, "held-out prompts without the concept, for utility", low=2)
     eval_steps: int = evaluation(50, "DDIM steps of the pictures", low=1, high=500)
-    eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time", low=1)
+    eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time; also "
+                                 "trajectories of a bank", low=1)
     eval_prefix: int = evaluation(3, "k, tokens of the prefix in evaluation", low=1)
     eval_attack_steps: int = evaluation(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = evaluation(3, "pictures drawn per attacked prompt, evenly over these steps; "
                                  "the first that shows the concept ends the attack", low=1)
-    token_lr: float = evaluation(0.01, "Adam's learning rate of every token attack", low=1e-10,
-                                 high=10)
+    token_lr: float = evaluation(0.01, "Adam's learning rate of the token attack, in training too",
+                                 low=1e-10, high=10)
     save_images: str | None = evaluation(None, "folder for every picture, its prompt and seed in "
                                          "the name")
 
@@ -134,7 +136,6 @@ class Method(NamedTuple):
     toy         what the method changes in its config on the toy
     check       (sd_o, erase prompts, retain prompts, prompts to attack, config): raises ValueError,
                 before any work, for what would fail later
-    describe    (config) -> what the model card says of the training
     """
 
     config: type
@@ -144,7 +145,6 @@ class Method(NamedTuple):
     rows: Callable = lambda sd_o, config: {"original": None, "own": {}}
     toy: dict = {}
     check: Callable = lambda *arguments: None
-    describe: Callable = lambda config: "a method of one's own"
 
 
 # --- the command line
@@ -157,8 +157,8 @@ class Parser(argparse.ArgumentParser):
 
 def parse(Config, argv=None):
     """Command line -> {setting: value} of the flags given. Values are checked here."""
-    purpose = "Every setting is a flag. Defaults are the paper's; the toy has some of its own."
-    parser = Parser(description=purpose, argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = Parser(description="Defaults of the training are the paper's; the toy has its own.",
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name, purpose) for name, purpose in GROUPS.items()}
     hints = get_type_hints(Config)
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config) if f.metadata}
@@ -169,7 +169,7 @@ def parse(Config, argv=None):
         if kind is bool:
             group.add_argument(flag, action="store_true", help=help)
         else:
-            kind = next(k for k in (get_args(kind) or (kind,)) if k in (int, float, str))
+            kind = plain_type(kind)
             metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
             many = "+" if isinstance(f.default, tuple) else None
             group.add_argument(flag, type=kind, nargs=many, help=help, metavar=metavar)
@@ -182,6 +182,11 @@ def parse(Config, argv=None):
         if hasattr(given, f.name):
             check_value(flag, getattr(given, f.name), f.metadata, parser.error)
     return vars(given)
+
+
+def plain_type(hint):
+    """`float | None` -> float, `tuple[str, ...]` -> str."""
+    return next(kind for kind in (get_args(hint) or (hint,)) if kind in (int, float, str))
 
 
 def shown(default):
@@ -217,7 +222,7 @@ def check_text(flag, text, choices, refuse):
 
 
 def answer_help(Config):
-    """Answer --help and a mistyped flag now: loading torch takes seconds."""
+    """Before torch is loaded, which takes seconds: answer --help and mistyped flags, set it up."""
     parse(Config)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
 
@@ -239,7 +244,7 @@ def main(method, argv=None):
 def resolve(method, given):
     """Flags -> the method's config, whole. Joins the other processes of a torchrun.
 
-    Flags come before the toy's deviations, these before the concept's, these before the defaults.
+    A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
     """
     import torch
 
@@ -248,7 +253,6 @@ def resolve(method, given):
 
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
-    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
     device = check_device(given.get("device") or ("cuda" if cuda else "cpu"), torch.cuda)
     bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = given.get("precision") or ("bf16" if bf16 else "fp32")
@@ -256,8 +260,8 @@ def resolve(method, given):
         raise ValueError("--precision bf16: this GPU does not have it; --precision fp32 "
                          "--low-memory works on any")
     ranks.join(device)
-    why = "as asked" if given.get("model") else why
-    print(f"model: {model}, {why}; on {device} in {precision}")
+    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
+    print(f"model: {model}, {'as asked' if given.get('model') else why}; on {device} in {precision}")
 
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given |= {"model": model, "device": device, "precision": precision}

@@ -38,17 +38,16 @@ def erase_or_score(method, config):
     for name, model in (("original", experiment.sd_o), ("erased", experiment.scored)):
         sd, results[name], pictures[name] = run(method, experiment, config, out, name, model)
     print(report.table(results))
-    ranks.on_first(write_outputs, out, method, experiment, config, sd, results, pictures)
+    ranks.on_first(write_outputs, out, experiment, config, sd, results, pictures)
 
 
-def write_outputs(out, method, experiment, config, sd, results, pictures):
+def write_outputs(out, experiment, config, sd, results, pictures):
     """What a run leaves in its folder besides the weights; results.json last."""
     evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
     report.plot_samples(out / "samples.png", evaluation_set, pictures, config.eval_attacks)
     if config.task == "train":
         part = trained_parts(sd, sd_o)[0]
-        card = report.model_card(config, method.describe(config), results, part, sd_o.folder,
-                                 out / part)
+        card = report.model_card(config, results, part, sd_o.folder, out / part)
         (out / "README.md").write_text(card, encoding="utf-8")
     for name in pictures if config.save_images else ():
         report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
