@@ -37,6 +37,7 @@ Notation
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
@@ -112,7 +113,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from sd_mini.lab.ranks import share  # noqa: E402, map, divided among processes
-from sd_mini.lab.runs import resumable  # noqa: E402, a loop that can be stopped and resumed
+from sd_mini.lab.runs import check_memory, resumable  # noqa: E402, resumable: a training loop
 
 # ----------------------------------------------------------------------------------- diffusion
 
@@ -562,6 +563,8 @@ def inversion_attack(sd, prompts, pictures, config):
 def check_prompts(sd_o, erase_prompts, retain_prompts, attacked_prompts, config):
     """ValueError, before any work, for what would fail later."""
     parameters_to_train(sd_o, config)
+    latents = max(config.trajectories, len(retain_prompts)) * config.trajectory_steps
+    check_memory("the bank", 12 * latents * math.prod(sd_o.latent_shape), "--trajectory-steps")
     tokenize_with_room(sd_o, erase_prompts, config.prefix)
     tokenize_with_room(sd_o, retain_prompts, 0)
     tokenize_with_room(sd_o, attacked_prompts, config.eval_prefix)
@@ -569,11 +572,10 @@ def check_prompts(sd_o, erase_prompts, retain_prompts, attacked_prompts, config)
 
 def comparison_rows(sd_o, config):
     """The paper's tables, and some more: {row: what it changes in the config}."""
-    esd = dict(attack="none", retain_weight=0.0)
     rows = {
         "original": None,
-        "ESD": dict(esd, train="cross_attention"),  # ESD-x
-        "ESD, text encoder": esd,
+        "ESD": dict(attack="none", retain_weight=0.0, train="cross_attention"),  # ESD-x
+        "ESD, text encoder": dict(attack="none", retain_weight=0.0),
         "naive AT": dict(retain_weight=0.0),
         "AdvUnlearn": {},
         "AdvUnlearn, UNet": dict(train="unet"),

@@ -24,7 +24,7 @@ CONCEPTS = ["church", "garbage truck", "parachute", "tench", "van gogh"]
 
 
 def toy_set(sd, concepts, config=SMALL):
-    return evaluation.load_evaluation_set(sd, read_concepts(concepts), config, toy=True)
+    return evaluation.load_evaluation_set(sd, read_concepts(concepts), config)
 
 
 def only_rows(rows, classifier=None, original=None):
@@ -237,7 +237,7 @@ def test_preparation_resizes_crops_and_normalises(saved):
 
 def test_classifiers_of_the_hub(saved, sd):
     def load(spec, concept, labels):
-        return classifiers.load_classifier(str(saved / spec), [concept], labels, "cpu")
+        return classifiers.load_classifier(str(saved / spec), [concept], labels, sd)
 
     pictures = sd.sample(["a photo of a church", "a boat"], steps=3)
     classifier, called = load("classifier:church building", "church", {"boat"})
@@ -295,7 +295,7 @@ def test_compare_from_the_command_line(tmp_path, capsys):
     assert set(results["seeds"]["original"]) == {"seed-0", "seed-1"}
     capsys.readouterr()
     assert main(*flags, "--seed", "2", "--methods", "original", "--eval-prompts", "2") == 0
-    assert "esd/seed-0, run with other settings: eval_prompts 3 -> 2" in capsys.readouterr().out
+    assert "esd/seed-0, run with eval_prompts 3 -> 2" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "results.json").read_text())["seeds"]) == {"original"}
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
 

@@ -357,20 +357,25 @@ def test_bad_input_gets_one_line_and_leaves_nothing(bad, tmp_path, arguments, me
 
 def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     out, config = tmp_path / "run", asdict(au.Config(model="toy"))
-    assert not is_finished(out, config)
-    open_folder(out, config)
-    for changes, message in (
-        ({}, "holds a begun run: --resume goes on with it"),
-        ({"resume": True, "lr": 0.5}, "lr 1e-05 -> 0.5"),
+    record = {"config": config, "inputs": {"model": "a"}}
+    assert not is_finished(out, record)
+    open_folder(out, record)
+    with pytest.raises(ValueError, match="holds a begun run: --resume goes on with it"):
+        is_finished(out, record)
+    for other, message in (
+        ({"config": {**config, "lr": 0.5}}, "lr 1e-05 -> 0.5: --resume cannot go on"),
+        ({"config": config, "inputs": {"model": "b"}}, "run with other model: --resume cannot"),
     ):
         with pytest.raises(ValueError, match=message):
-            is_finished(out, {**config, **changes})
-    close_folder(out, {"config": config})
+            is_finished(out, other, resume=True)
+    sd_mini.write_json(out / "results.json", record)
+    assert not is_finished(out, record, resume=True)  # its pictures may be missing
+    close_folder(out)
     with pytest.raises(ValueError, match="holds a finished run"):
-        is_finished(out, config)
-    assert is_finished(out, {**config, "resume": True})
-    assert not is_finished(out, {**config, "overwrite": True})
-    open_folder(out, {**config, "overwrite": True})
+        is_finished(out, record)
+    assert is_finished(out, record, resume=True)
+    assert not is_finished(out, record, overwrite=True)
+    open_folder(out, record, overwrite=True)
     assert not (out / "results.json").exists()
 
 

@@ -253,7 +253,7 @@ def test_evaluation_takes_the_evaluations_of_the_formula(sd, monkeypatch):
     monkeypatch.setattr(evaluation, "shown", lambda classifier, pictures, rows: [False] * len(rows))
     config = replace(SMALL, concept="church", eval_prompts=2, eval_utility=3, eval_steps=3,
                      eval_attack_steps=4, eval_looks=2)
-    prompts = evaluation.load_evaluation_set(sd, read_concepts("church"), config, toy=True)
+    prompts = evaluation.load_evaluation_set(sd, read_concepts("church"), config)
     work = experiment.Work(sd)
     drawn = evaluation.draw_all(sd, prompts, config)
     evaluation.evaluate(sd, au.METHOD, prompts._replace(original=drawn), drawn, config)

@@ -5,13 +5,14 @@ Classifiers score results; no attack has their gradients.
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from ..files import read_json
 from ..toy import classifier as toy
-from ..weights import TOY, fill, read_tensors
+from ..weights import fill, read_tensors
 
 CLIP = "openai/clip-vit-base-patch16"  # the literature reports its cosines as "CLIP score"
 
@@ -21,8 +22,8 @@ class ToyClassifier:
 
     name, rule = "toy", "likeliest object and likeliest style"
 
-    def __init__(self, device):
-        self.network = toy.load_classifier(device)
+    def __init__(self, device, folder):
+        self.network = toy.load_classifier(device, folder)
         self.known = {*toy.LABELS["object"], *toy.LABELS["style"]} - {"nothing"}
 
     def names(self, pictures):
@@ -74,7 +75,7 @@ class ZeroShot:
 
     def __init__(self, source, device, labels, revision=None):
         self.clip, self.choices = CLIPScore(source, device, revision), sorted(labels)
-        self.name = self.clip.name
+        self.name, self.network = self.clip.name, self.clip.network
         self.rule = f"likeliest of {len(self.choices)} texts: {', '.join(self.choices)}"
         self.texts = self.clip.text_features(self.choices)
 
@@ -89,7 +90,7 @@ class ZeroShot:
 class CLIPScore:
     """Cosine between a prompt and its picture, by a CLIP of the hub."""
 
-    def __init__(self, source=CLIP, device="cpu", revision=None):
+    def __init__(self, source, device="cpu", revision=None):
         from transformers import AutoTokenizer, CLIPModel
 
         self.network = load_frozen(CLIPModel, source, device, revision)
@@ -127,7 +128,7 @@ class ToyCLIPScore:
             self.network = torch.nn.ModuleDict({
                 "picture": toy.PictureNet(64),
                 "projection": torch.nn.Linear(64, 64, bias=False)})
-        path = TOY / "clip/model.safetensors"
+        path = sd_o.folder / "clip/model.safetensors"
         fill(self.network, read_tensors([path], sd_o.device, torch.float32), path)
 
     @torch.no_grad()
@@ -143,12 +144,44 @@ def full_name(source, network):
     return f"{source}@{getattr(network.config, '_commit_hash', None) or 'local'}"
 
 
+def load_clip_score(source, sd_o, toy):
+    """-> what scores prompts and pictures; None for source "none"."""
+    if source == "none":
+        return None
+    if toy and source is None:
+        return ToyCLIPScore(sd_o)
+    source, revision, _ = split_source(source or CLIP)
+    try:
+        return CLIPScore(source, sd_o.device, revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{first_line(error)}; --clip-score takes a folder or hub id, or none: "
+                         "then there is no CLIP score") from None
+
+
+def split_source(spec):
+    """"MODEL@REVISION:LABEL" -> (MODEL, REVISION or None, LABEL or None).
+
+    A path that exists is the model, whatever is in its name: "C:\\a:church", "mount@host/clip".
+    """
+    ends = [len(spec), *(i for i in reversed(range(len(spec))) if spec[i] == ":")]
+    for end in ends:  # the longest first
+        if Path(spec[:end]).exists():
+            return spec[:end], None, spec[end + 1 :] or None
+    source, _, label = spec.partition(":")
+    source, _, revision = source.partition("@")
+    return source, revision or None, label or None
+
+
+def first_line(error):
+    return str(error).splitlines()[0]
+
+
 def load_frozen(cls, source, device, revision):
     try:
         network = cls.from_pretrained(source, revision=revision, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{source}: cannot be opened as a {cls.__name__}: "
-                         f"{str(error).splitlines()[0]}") from None
+                         f"{first_line(error)}") from None
     return network.to(device).eval().requires_grad_(False)
 
 
@@ -180,24 +213,23 @@ def preparation(source, revision):
     return prepare
 
 
-def load_classifier(spec, concepts, labels, device):
+def load_classifier(spec, concepts, labels, sd_o):
     """-> (classifier, {concept: what the classifier calls it}).
 
-    spec: None for the toy's own, or MODEL:LABEL. MODEL is an image classifier or a CLIP, a folder
-    or MODEL@REVISION of the hub; LABEL is what it calls a single concept. `labels`: what else the
-    pictures may show.
+    spec: None for the own of the toy `sd_o`, or MODEL:LABEL. MODEL is an image classifier or a
+    CLIP, a folder or MODEL@REVISION of the hub; LABEL is what it calls a single concept. `labels`:
+    what else the pictures may show.
     """
-    called = dict.fromkeys(concepts)
+    called, device = dict.fromkeys(concepts), sd_o.device
     if spec is None:
-        classifier = ToyClassifier(device)
+        classifier = ToyClassifier(device, sd_o.folder)
     else:
-        source, _, own = spec.partition(":")
-        source, _, revision = source.partition("@")
+        source, revision, own = split_source(spec)
         called = {name: own if own and len(concepts) == 1 else name for name in concepts}
-        if hub_config(source, revision or None).get("model_type") == "clip":
-            classifier = ZeroShot(source, device, {*labels, *called.values()}, revision or None)
+        if hub_config(source, revision).get("model_type") == "clip":
+            classifier = ZeroShot(source, device, {*labels, *called.values()}, revision)
         else:
-            classifier = HubClassifier(source, device, revision or None)
+            classifier = HubClassifier(source, device, revision)
     known = classifier.known
     called = {name: label or name if known is None else (label or name).lower()
               for name, label in called.items()}
@@ -216,7 +248,8 @@ def hub_config(source, revision):
     try:
         return read_json(cached_file(source, "config.json", revision=revision))
     except OSError as error:
-        raise ValueError(f"--judge {source}: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--judge {source}: {first_line(error)}; --judge takes a folder or hub "
+                         "id, or none: then nothing is evaluated") from None
 
 
 def frechet_distance(a, b):

@@ -1,6 +1,6 @@
 """--task compare: the rows of a method, with the same prompts, seeds and budgets, in one table."""
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,8 +17,8 @@ from .prompts import slug
 def compare(method, config):
     """Every row leaves its folder, OUT/ROW/seed-N.
 
-    What is there already, with the same settings, is not done again. The table takes in all seeds
-    that are there. Under torchrun the processes divide the rows.
+    What is there already, with the same settings and inputs, is not done again. The table takes in
+    all seeds that are there. Under torchrun the processes divide the rows.
     """
     config = replace(config, eval_attacks=(*method.attacks, *method.inversions))
     shared = experiment.open_experiment(method, config)
@@ -26,23 +26,27 @@ def compare(method, config):
     changes = method.rows(shared.sd_o, config)
     rows = {name: replace(config, methods=(), out=None, save_images=None, **(changed or {}))
             for name, changed in changes.items()}
+    records = {name: experiment.record(shared, row) for name, row in rows.items()}
     folders = {name: out / slug(name) / f"seed-{config.seed}" for name in rows}
-    todo = [name for name in wanted_rows(list(rows), config.methods)
-            if not runs.is_finished(folders[name], asdict(replace(rows[name], resume=True)))]
+    todo = [name for name in wanted_rows(list(rows), config.methods) if not runs.is_finished(
+        folders[name], records[name], resume=True, overwrite=config.overwrite)]
+    if todo:
+        shared = experiment.with_pictures(shared, config)
 
     def run(name):
-        own = shared._replace(started=time.time())
+        own, folder = shared._replace(started=time.time()), folders[name]
         own.work.evaluations = 0
-        runs.open_folder(folders[name], asdict(rows[name]))
-        model = own.sd_o if changes[name] is None else None
-        _, figures, pictures = experiment.run(
-            method, own, rows[name], folders[name], "erased", model)
-        save_thumbnails(folders[name], pictures, config.eval_attacks)
-        experiment.write_results(folders[name], own, rows[name], {name: figures})
+        with runs.locked(folder):
+            runs.open_folder(folder, records[name], config.overwrite)
+            model = own.sd_o if changes[name] is None else None
+            _, figures, pictures = experiment.run(method, own, rows[name], folder, "erased", model)
+            experiment.write_results(folder, own, rows[name], {name: figures})
+            report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
+            runs.close_folder(folder)
         return ()
 
     ranks.share(run, todo, "comparing")
-    ranks.on_first(write_comparison, out, rows, shared.evaluation_set, config)
+    ranks.on_first(write_comparison, out, records, shared.evaluation_set, config)
 
 
 def wanted_rows(names, chosen):
@@ -72,45 +76,50 @@ def pooled(results):
     return figures
 
 
-def read_runs(out, rows):
-    """OUT/ROW/seed-N/results.json -> {row: {"seed-N": its figures}}.
+def read_runs(out, records):
+    """OUT/ROW/seed-N/results.json -> {row: {"seed-N": the run}}.
 
-    rows: {name: its config}. A run with other settings than that, the seed excepted, is left out.
+    records: {row: its record}. A run with another one, the seed excepted, is left out.
     """
     found = {}
-    for name, wanted in rows.items():
+    for name, wanted in records.items():
         for path in sorted(out.glob(f"{slug(name)}/seed-*/results.json")):
             run = read_json(path)
-            same_seed = {**asdict(wanted), "seed": run["config"]["seed"]}
-            if changes := runs.differences(run["config"], same_seed):
-                print(f"not in the table: {path.parent}, run with other settings: "
-                      f"{'; '.join(changes)}")
+            own_seed = {**wanted, "config": {**wanted["config"], "seed": run["config"]["seed"]}}
+            if changes := runs.differences(run, own_seed):
+                print(f"not in the table: {path.parent}, run with {'; '.join(changes)}")
             else:
-                found.setdefault(name, {})[path.parent.name] = run["results"][name]
+                found.setdefault(name, {})[path.parent.name] = run
     return found
 
 
-def write_comparison(out, rows, evaluation_set, config):
+def write_comparison(out, records, evaluation_set, config):
     """Write table.md, results.json, compare.png and tradeoff.png to OUT, and print the table."""
-    found = read_runs(out, rows)
+    found = read_runs(out, records)
+    commits = sorted({run["commit"] for seeds in found.values() for run in seeds.values()})
+    found = {name: {seed: run["results"][name] for seed, run in seeds.items()}
+             for name, seeds in found.items()}
     figures = {name: pooled(list(seeds.values())) for name, seeds in found.items()}
-    plot_comparison(out, found, evaluation_set, config)
-    if config.eval_attacks:
-        plot_tradeoff(out / "tradeoff.png", figures, config.eval_attacks[0], config.concept)
-    for seeds in found.values():
-        for result in seeds.values():
-            del result["details"]  # each row's own results.json has them
-    write_json(out / "results.json", {"pooled": figures, "seeds": found})
     seeds = sorted({seed.removeprefix("seed-") for seeds in found.values() for seed in seeds})
     title = (f"{config.concept}, {config.model}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; "
              f"{len(evaluation_set.rows)} prompts, attacks of {config.eval_attack_steps} steps")
-    (out / "table.md").write_text(report.markdown(figures, title), encoding="utf-8")
+    (out / "table.md").write_text(report.markdown(figures, title, commits), encoding="utf-8")
+    without = {name: {seed: {key: value for key, value in result.items() if key != "details"}
+                      for seed, result in seeds.items()} for name, seeds in found.items()}
+    write_json(out / "results.json", {"pooled": figures, "seeds": without})
+    report.decorate(plot_comparison, out / "compare.png", found, evaluation_set, config)
+    if config.eval_attacks:
+        report.decorate(plot_tradeoff, out / "tradeoff.png", figures, config.eval_attacks[0],
+                        config.concept)
     print(report.text_table(figures, title))
 
 
 # --- its pictures
 
-def save_thumbnails(folder, pictures, attacks, largest=128):
+THUMBNAILS = "pictures.safetensors"
+
+
+def save_thumbnails(path, pictures, attacks, largest=128):
     """What compare.png may show: the concept's pictures, plain and attacked, and three others."""
     kept = {"rows": pictures["rows"], "utility": pictures["utility"][:3],
             **{kind: pictures[kind] for kind in attacks[:1]}}
@@ -118,7 +127,7 @@ def save_thumbnails(folder, pictures, attacks, largest=128):
     kept = {part: F.interpolate(drawn, scale_factor=scale, mode="area") if scale < 1 else drawn
             for part, drawn in kept.items()}
     kept = {part: (255 * drawn).round().to(torch.uint8).cpu() for part, drawn in kept.items()}
-    save_file(kept, folder / "pictures.safetensors")
+    save_file(kept, path)
 
 
 def shown_prompts(found, seed, attack, n=3):
@@ -135,22 +144,22 @@ def shown_prompts(found, seed, attack, n=3):
     return list(dict.fromkeys([*broken[:n], *range(n)]))[:n]
 
 
-def plot_comparison(out, found, evaluation_set, config):
+def plot_comparison(path, found, evaluation_set, config):
     """compare.png: a line a row; the concept's prompts plain and attacked, then other things."""
     seed, attack = f"seed-{config.seed}", next(iter(config.eval_attacks), None)
     shown = [i for i in shown_prompts(found, seed, attack) if i < len(evaluation_set.rows)]
     lines = {}
     for name in found:
-        path = out / slug(name) / seed / "pictures.safetensors"
-        if path.is_file():
-            drawn = {part: pictures.float() / 255 for part, pictures in load_file(path).items()}
+        kept = path.parent / slug(name) / seed / THUMBNAILS
+        if kept.is_file():
+            drawn = {part: pictures.float() / 255 for part, pictures in load_file(kept).items()}
             attacked = [*drawn[attack][shown]] if attack else []
             lines[name] = [*drawn["rows"][shown], *attacked, *drawn["utility"]]
     if lines:
         prompts = [evaluation_set.rows[i].prompt for i in shown]
         attacked = [f"attacked: {prompt}" for prompt in prompts] if attack else []
         others = [row.prompt for row in evaluation_set.utility[:3]]
-        report.plot_grid(out / "compare.png", [*prompts, *attacked, *others], lines)
+        report.plot_grid(path, [*prompts, *attacked, *others], lines)
 
 
 def plot_tradeoff(path, figures, attack, concept):
@@ -169,12 +178,13 @@ def plot_tradeoff(path, figures, attack, concept):
                           [[x - 100 * utility["low"]], [100 * utility["high"] - x]],
                           fmt="o", color="C0", ecolor="0.8", elinewidth=1)
     left = min([40, *(x - 5 for x, _ in points.values())])
+    axis.set_title(f"erasing {concept}", parse_math=False)
     axis.set(xlabel="utility, %", ylabel=f"robustness: 100 - ASR under the {attack} attack, %",
-             title=f"erasing {concept}", xlim=(left, 130), ylim=(-6, 106),
+             xlim=(left, 130), ylim=(-6, 106),
              xticks=range(int(left / 20 + 1) * 20, 101, 20))
     width = (130 - left) / 105  # of a letter, in units of x; a line is 4.5 high
     for name, place in place_labels(points, left, width, 4.5).items():
-        axis.annotate(name, points[name], place, fontsize=8, va="center",
+        axis.annotate(name, points[name], place, fontsize=8, va="center", parse_math=False,
                       bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8},
                       arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6})
     axis.grid(alpha=0.3)

@@ -11,6 +11,7 @@ import torch
 from . import classifiers, ranks
 from .prompts import PROMPTS, Row, evaluation_rows, one_of, read_rows
 from .runs import cached
+from .settings import is_toy
 
 PARTS = ("rows", "paraphrases", "neighbours", "styles", "utility")
 
@@ -24,17 +25,18 @@ class EvaluationSet(NamedTuple):
     styles: list[Row]  # prompts for other things in a style
     utility: list[Row]  # prompts for other things
     classifier: object
-    clip_score: object
+    clip_score: object  # None: without
     words: list[str]  # names and synonyms of the concepts
     original: dict = {}  # what the original model draws: {part: pictures}
 
 
-def load_evaluation_set(sd_o, concepts, config, toy):
+def load_evaluation_set(sd_o, concepts, config):
     """The evaluation set of these concepts.
 
     A prompt whose label the classifier does not know is left out, with a note. In utility it stays,
-    for CLIP score and Frechet distance. `toy`: by the toy's own classifier and suite.
+    for CLIP score and Frechet distance. The toy has a classifier, a CLIP and a suite of its own.
     """
+    toy = is_toy(config.model)
     spec = config.judge or (None if toy else concepts[0].judge)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
     words = [word for c in concepts for word in c.words]
@@ -60,7 +62,7 @@ def load_evaluation_set(sd_o, concepts, config, toy):
         "utility": for_others(read_rows(suite, role="utility"))[: config.eval_utility],
     }
     labels = {row.label for part in parts.values() for row in part}
-    classifier, called = classifiers.load_classifier(spec, names, labels - {*names}, config.device)
+    classifier, called = classifiers.load_classifier(spec, names, labels - {*names}, sd_o)
     parts = {name: [row._replace(label=called.get(row.label, row.label)) for row in part]
              for name, part in parts.items()}
     labels, known = {called.get(label, label) for label in labels}, classifier.known
@@ -72,8 +74,8 @@ def load_evaluation_set(sd_o, concepts, config, toy):
     if not parts["rows"]:
         raise ValueError(f"the judge {classifier.name} has no label of the prompts to attack; "
                          "--judge MODEL:LABEL chooses one")
-    score = classifiers.ToyCLIPScore(sd_o) if toy else classifiers.CLIPScore(device=config.device)
-    return EvaluationSet(**parts, classifier=classifier, clip_score=score, words=words)
+    clip = classifiers.load_clip_score(config.clip_score, sd_o, toy)
+    return EvaluationSet(**parts, classifier=classifier, clip_score=clip, words=words)
 
 
 # --- pictures
@@ -206,9 +208,10 @@ def score(evaluation_set, drawn):
         judged = [d["shown"] for d in details[part] if known is None or d["label"] in known]
         figures[name] = rate(judged)
     if evaluation_set.utility:
-        prompts = [row.prompt for row in evaluation_set.utility]
-        scores = evaluation_set.clip_score(prompts, drawn["utility"])
-        figures["clip_score"] = sum(scores) / len(scores)
+        if evaluation_set.clip_score:
+            prompts = [row.prompt for row in evaluation_set.utility]
+            scores = evaluation_set.clip_score(prompts, drawn["utility"])
+            figures["clip_score"] = sum(scores) / len(scores)
         features = evaluation_set.classifier.features
         figures["frechet"] = classifiers.frechet_distance(
             features(evaluation_set.original["utility"]), features(drawn["utility"]))

@@ -1,18 +1,24 @@
 """One run, from its settings to its results."""
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 import platform
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import sd_mini
 
-from ..weights import PARTS, TOY_UNETS
-from . import ranks, report, runs
+from ..files import write_json
+from ..weights import PARTS
+from . import ranks, report
+from .evaluation import PARTS as EVALUATED
 from .evaluation import EvaluationSet, draw_all, evaluate, load_evaluation_set
 from .prompts import Concept, read_concepts, training_prompts
 
@@ -33,7 +39,8 @@ class Experiment(NamedTuple):
 
     sd_o: object
     concepts: list[Concept]
-    evaluation_set: EvaluationSet
+    evaluation_set: EvaluationSet | None  # None: erase and do not evaluate
+    inputs: dict  # fingerprints of what was read: {name: hash}
     work: Work
     started: float
     scored: object = None  # the model that --task evaluate scores
@@ -66,19 +73,63 @@ def with_text_encoder(sd, config):
 
 
 def open_experiment(method, config):
-    """Load what all runs on the concepts share, and draw the original's pictures.
+    """Load what all runs on the concepts share.
 
     What would go wrong after hours goes wrong here, with a ValueError.
     """
     started, concepts = time.time(), read_concepts(config.concept)
     erase, retain, _ = training_prompts(concepts, config)
-    sd_o = load_model(config)
-    evaluation_set = load_evaluation_set(sd_o, concepts, config, config.model in TOY_UNETS)
-    method.check(sd_o, erase, retain, [row.prompt for row in evaluation_set.rows], config)
+    sd_o, evaluation_set, attacked = load_model(config), None, []
+    if config.judge != "none":
+        evaluation_set = load_evaluation_set(sd_o, concepts, config)
+        attacked = [row.prompt for row in evaluation_set.rows]
+    method.check(sd_o, erase, retain, attacked, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
-    work = Work(sd_o)
-    evaluation_set = evaluation_set._replace(original=draw_all(sd_o, evaluation_set, config))
-    return Experiment(sd_o, concepts, evaluation_set, work, started, scored)
+    inputs = fingerprints(method, sd_o, evaluation_set, scored)
+    return Experiment(sd_o, concepts, evaluation_set, inputs, Work(sd_o), started, scored)
+
+
+def with_pictures(experiment, config):
+    """The experiment with the original's pictures."""
+    if experiment.evaluation_set is None:
+        return experiment
+    drawn = draw_all(experiment.sd_o, experiment.evaluation_set, config)
+    return experiment._replace(evaluation_set=experiment.evaluation_set._replace(original=drawn))
+
+
+def fingerprints(method, sd_o, evaluation_set, scored):
+    """{what was read: a hash}: what figures depend on besides the settings."""
+    parts = [sd_mini.fingerprint(getattr(sd_o, part)) for part in PARTS]
+    hashes = {"code": code_hash(method),
+              "model": hash_of([*parts, sd_o.schedule.config, sd_o.tokenizer.get_vocab()])}
+    if scored:
+        hashes["text encoder"] = sd_mini.fingerprint(scored.text_encoder)
+    if evaluation_set:
+        classifier = evaluation_set.classifier
+        prompts = [getattr(evaluation_set, part) for part in EVALUATED]
+        hashes["evaluation prompts"] = hash_of(prompts)
+        hashes["judge"] = hash_of([classifier.rule, sd_mini.fingerprint(classifier.network)])
+        if evaluation_set.clip_score:
+            hashes["CLIP"] = sd_mini.fingerprint(evaluation_set.clip_score.network)
+    return hashes
+
+
+def hash_of(value):
+    """Of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def code_hash(method):
+    """Of this library's source and of the file that has the method."""
+    files = {*Path(sd_mini.__file__).parent.rglob("*.py"), Path(inspect.getfile(method.train))}
+    return hash_of([path.read_text(encoding="utf-8") for path in sorted(files)])
+
+
+def record(experiment, config):
+    """What says whether a run is this one: settings, and hashes of all that was read."""
+    prompts = hash_of(training_prompts(experiment.concepts, config))
+    return {"config": asdict(config),
+            "inputs": {**experiment.inputs, "prompts to erase and retain": prompts}}
 
 
 def train(method, experiment, config, folder=None):
@@ -113,15 +164,17 @@ def run(method, experiment, config, out, name, sd=None):
         sd, history = train(method, experiment, config, folder)
         for part in trained_parts(sd, sd_o):
             ranks.on_first(sd_mini.save_part, getattr(sd, part), out / part, part)
-        ranks.on_first(report.plot_losses, out / "losses.png", history)
+        ranks.on_first(report.decorate, report.plot_losses, out / "losses.png", history)
+    figures, pictures, evaluation_set = {}, {}, experiment.evaluation_set
     cost = {"minutes": (time.time() - began) / 60,
             "unet_evaluations": experiment.work.evaluations - before}
-    drawn = experiment.evaluation_set.original if sd is sd_o else draw_all(
-        sd, experiment.evaluation_set, config)
-    figures, attacked = evaluate(sd, method, experiment.evaluation_set, drawn, config, folder)
+    if evaluation_set:
+        drawn = evaluation_set.original if sd is sd_o else draw_all(sd, evaluation_set, config)
+        figures, attacked = evaluate(sd, method, evaluation_set, drawn, config, folder)
+        pictures = {**drawn, **attacked}
     if history and not resumed:  # nobody counted the beginning of a run that goes on
         figures |= cost
-    return sd, figures, {**drawn, **attacked}
+    return sd, figures, pictures
 
 
 def write_results(out, experiment, config, results):
@@ -129,12 +182,14 @@ def write_results(out, experiment, config, results):
 
     UNet evaluations are those of this process.
     """
-    classifier = experiment.evaluation_set.classifier
-    runs.close_folder(out, {
-        "config": asdict(config), "results": results,
+    evaluation_set, judge, clip = experiment.evaluation_set, None, None
+    if evaluation_set:
+        judge = {"name": evaluation_set.classifier.name, "rule": evaluation_set.classifier.rule}
+        clip = evaluation_set.clip_score and evaluation_set.clip_score.name
+    write_json(out / "results.json", {
+        "complete": True, **record(experiment, config), "results": results,
         "unet_evaluations": experiment.work.evaluations, "processes": ranks.COUNT,
-        "judge": {"name": classifier.name, "rule": classifier.rule},
-        "clip_score_by": experiment.evaluation_set.clip_score.name,
+        "judge": judge, "clip_score_by": clip, "commit": report.commit(),
         "seconds": round(time.time() - experiment.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": version("transformers")},

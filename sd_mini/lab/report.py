@@ -1,6 +1,8 @@
 """What a run shows of its results: tables, pictures, the loss plot, the model card."""
+import json
 import re
 import subprocess
+import sys
 import textwrap
 import time
 from dataclasses import asdict, fields
@@ -91,23 +93,28 @@ def text_table(figures, title):
     return "\n".join(lines)
 
 
-def markdown(figures, title):
-    """The whole table, with intervals, what each column counts, date, commit and minutes."""
+def markdown(figures, title, commits):
+    """The whole table, with intervals, what each column counts, the rows' commits and minutes."""
     used = columns(figures.values())
-    lines = [f"**{title}**", "",
+    lines = [f"**{escaped(title)}**", "",
              f"| method | {' | '.join(name for name, _, _ in used.values())} |",
              "| --- " * (len(used) + 1) + "|"]
     for name, figure in figures.items():
         cells = {key: figure.get(key) for key in used}
         texts = ["" if c is None else percent(c) if isinstance(c, dict) else number(key, c)
                  for key, c in cells.items()]
-        lines.append(f"| {name} | " + " | ".join(texts) + " |")
+        lines.append(f"| {escaped(name)} | " + " | ".join(texts) + " |")
     meanings = "; ".join(f"{name}: {what}" for name, _, what in used.values())
     minutes = sum(figure.get("minutes", 0) for figure in figures.values())
     lines += ["", f"Rates in % with their 95 % Wilson interval. {meanings}.", "",
-              f"{time.strftime('%Y-%m-%d')}, commit {commit()}, {minutes:.0f} minutes of training "
-              "a seed."]
+              f"{time.strftime('%Y-%m-%d')}, rows of commit {', '.join(commits)}, {minutes:.0f} "
+              "minutes of training a seed."]
     return "\n".join(lines) + "\n"
+
+
+def escaped(text):
+    """A user's text in Markdown, as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|$~])", r"\\\1", text)
 
 
 def commit():
@@ -118,6 +125,14 @@ def commit():
     except OSError:  # no git
         return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def decorate(write, path, *arguments):
+    """Write a picture or a card. Where that fails, the run goes on with a warning."""
+    try:
+        write(path, *arguments)
+    except Exception as error:  # whatever a plotting library finds: the figures are safe
+        print(f"warning: {path} was not written: {error}", file=sys.stderr)
 
 
 # --- pictures
@@ -142,9 +157,9 @@ def plot_grid(path, prompts, lines):
             axis.spines[:].set_visible(False)
             if picture is not None:
                 axis.imshow(picture_array(picture), interpolation="nearest")
-        line[0].set_ylabel(textwrap.fill(title, 14), fontsize=8)
+        line[0].set_ylabel(textwrap.fill(title, 14), fontsize=8, parse_math=False)
     for axis, prompt in zip(axes[0], prompts):
-        axis.set_title(textwrap.fill(prompt, 18), fontsize=7)
+        axis.set_title(textwrap.fill(prompt, 18), fontsize=7, parse_math=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
@@ -189,9 +204,10 @@ def plot_losses(path, history):
             axis.plot(at[19:], np.convolve(values[at], np.ones(20) / 20, "valid"), color="C0")
         for start in late.values():
             axis.axvline(start, color="0.6", linestyle=":", linewidth=1)
-        axis.set(ylabel=f"{name} loss", xlim=(0, len(history)), ylim=(0, None))
+        axis.set_ylabel(f"{name} loss", parse_math=False)
+        axis.set(xlim=(0, len(history)), ylim=(0, None))
     dotted = f" (dotted: where the {' and the '.join(late)} begins)" if late else ""
-    axes[-1].set_xlabel(f"iteration{dotted}")
+    axes[-1].set_xlabel(f"iteration{dotted}", parse_math=False)
     figure.savefig(path, dpi=120)
 
 
@@ -202,10 +218,21 @@ CARD = """---
 library_name: diffusers
 tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
 ---
-# {model} without "{concept}"
+# {title}
 
-The {part} of `{model}`, trained to erase the concept. Settings: {settings}.
+The {part} of {name}, trained to erase the concept. Settings: {settings}.
 
+{figures}
+```python
+from diffusers import StableDiffusionPipeline
+from {library} import {cls}
+
+{part} = {cls}.from_pretrained({folder})
+pipeline = StableDiffusionPipeline.{opener}({source}, {pinned}{part}={part})
+pipeline({prompt}).images[0].save("picture.png")
+```
+"""
+FIGURES = """
 ```
 {table}
 ```
@@ -214,36 +241,37 @@ ASR: share of prompts for the concept whose picture shows it, without attack or 
 prefix of {k} tokens, or of {k} free embeddings, found in {steps} steps). Utility: share of prompts
 for other things whose picture is right. Embedding attacks reach what no text can: they measure what
 is left in the model, not what a user can type.
-
-```python
-from diffusers import StableDiffusionPipeline
-from {library} import {cls}
-
-{part} = {cls}.from_pretrained("{folder}")
-pipeline = StableDiffusionPipeline.{opener}({source}{part}={part})
-pipeline("a photo of a {concept}").images[0].save("picture.png")
-```
 """
 
 
-def model_card(config, results, part, source, folder):
-    """A model card for the hub: what was erased, how, the figures, and how to load it.
+def quoted(text):
+    """As a string of Python's."""
+    return json.dumps(text, ensure_ascii=False)
 
-    `part`: what was trained, saved in `folder`; `source`: the folder of the original model.
+
+def write_card(path, config, results, part, source):
+    """Write a model card for the hub: what was erased, how, the figures, and how to load it.
+
+    `part`: what was trained, saved beside the card; `source`: the folder of the original model.
     """
     model, text = str(config.model), part == "text_encoder"
     hub_id, _, revision = model.partition("@")
     hub, single_file = hub_id.count("/") == 1 and not Path(model).exists(), Path(model).is_file()
     origin = hub_id if hub else model if single_file else source
-    pinned = f'revision="{revision}", ' if hub and revision else ""
+    pinned = f"revision={quoted(revision)}, " if hub and revision else ""
     general = {f.name for f in fields(Settings)} - {"seed"}
-    own = [f"{name} {value}" for name, value in asdict(config).items() if name not in general]
-    return CARD.format(
-        base=f"base_model: {hub_id}\n" if hub else "", model=model, concept=config.concept,
+    own = [f"{name} {escaped(str(value))}" for name, value in asdict(config).items()
+           if name not in general]
+    figures = FIGURES.format(table=table(results), k=config.eval_prefix,
+                             steps=config.eval_attack_steps) if "original" in results else ""
+    card = CARD.format(
+        base=f"base_model: {hub_id}\n" if hub else "",
+        title=escaped(f'{model} without "{config.concept}"'), name=escaped(model),
         license="mit" if model in TOY_UNETS else
         "creativeml-openrail-m" if "stable-diffusion-v1" in model else "other",
-        part=part, settings=", ".join(own), table=table(results),
-        k=config.eval_prefix, steps=config.eval_attack_steps, folder=folder,
+        part=part, settings=", ".join(own), figures=figures, folder=quoted(str(path.parent / part)),
         opener="from_single_file" if single_file else "from_pretrained",
-        source=f'"{origin}", {pinned}', library="transformers" if text else "diffusers",
+        source=quoted(str(origin)), pinned=pinned, prompt=quoted(f"a photo of a {config.concept}"),
+        library="transformers" if text else "diffusers",
         cls="CLIPTextModel" if text else "UNet2DConditionModel")
+    path.write_text(card, encoding="utf-8")

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
@@ -168,18 +169,41 @@ def cached(folder, jobs):
     return {name: (value, tensors["tensor"]) for name, (tensors, value) in answers.items()}
 
 
-# --- the folder of a run: OUT/partial until it is finished, then OUT/results.json
+def machine_memory():
+    """In bytes, or None where the system does not say."""
+    known = hasattr(os, "sysconf")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
+
+
+def check_memory(what, size, flag):
+    """Say that `what` is large; ValueError where half of the machine's memory cannot hold it."""
+    memory = machine_memory()
+    if memory and size > memory / 2:
+        raise ValueError(f"{what} would take {size / 1e9:.1f} GB, more than half of this machine's "
+                         f"{memory / 1e9:.0f} GB: fewer prompts, or a smaller {flag}, take less")
+    if size > 1e9:
+        print(f"{what} takes {size / 1e9:.1f} GB of memory")
+
+
+# --- the folder of a run: OUT/partial until all is written; OUT/results.json has the figures
 
 # Settings on which no figure depends.
 NO_EFFECT = ("task", "methods", "out", "resume", "overwrite", "save_every", "save_images",
-             "low_memory")
+             "save_pipeline", "save_single_file", "low_memory")
 
 
 def differences(old, new):
-    """Where two configs, as dicts, differ -> ["lr 1e-05 -> 0.0002", ...]."""
-    new = json.loads(json.dumps(new))
-    return [f"{key} {old.get(key)} -> {new.get(key)}" for key in sorted(old.keys() | new.keys())
-            if key not in NO_EFFECT and old.get(key) != new.get(key)]
+    """Where the records {"config": ..., "inputs": ...} of two runs differ, in words.
+
+    -> ["lr 1e-05 -> 0.0002", "other evaluation prompts", ...]. Inputs are compared if `new` has
+    them.
+    """
+    was, now = old["config"], json.loads(json.dumps(new["config"]))
+    changes = [f"{key} {was.get(key)} -> {now.get(key)}" for key in sorted(was.keys() | now.keys())
+               if key not in NO_EFFECT and was.get(key) != now.get(key)]
+    inputs = old.get("inputs", {})
+    return changes + [f"other {name}" for name, value in new.get("inputs", {}).items()
+                      if inputs.get(name) != value]
 
 
 def run_record(out):
@@ -188,51 +212,70 @@ def run_record(out):
     return next((path for path in records if path.is_file()), None)
 
 
-def is_finished(out, config):
-    """Does the folder hold this run, finished?
+def is_finished(out, record, resume=False, overwrite=False):
+    """Does the folder hold the run of this record, finished?
 
     ValueError where it holds another run, or files that are no run, or cannot be written to. With
-    `overwrite` a run there is no obstacle, and with `resume` none that has the same settings.
+    `overwrite` a run there is no obstacle, and with `resume` none that has the same record.
     """
-    record = run_record(out)
-    if record is None and out.is_dir() and {entry.name for entry in out.iterdir()} - {"partial"}:
+    path = run_record(out)
+    if path is None and out.is_dir() and {e.name for e in out.iterdir()} - {"partial", ".lock"}:
         raise ValueError(f"{out}: holds files and no run; --out takes another folder")
-    finished = record is not None and record.name == "results.json"
-    if record and not config["overwrite"]:
-        if not config["resume"]:
+    finished = (out / "results.json").is_file() and not (out / "partial").is_dir()
+    if path and not overwrite:
+        if not resume:
             kind = "finished run:" if finished else "begun run: --resume goes on with it,"
             raise ValueError(f"{out}: holds a {kind} --overwrite starts anew, --out takes another "
                              "folder")
-        old = read_json(record)
+        old = read_json(path)
         if "config" not in old:
             raise ValueError(f"{out}: holds a comparison; --out takes another folder")
-        if changes := differences(old["config"], config):
-            raise ValueError(f"{out}: was run with other settings, so --resume cannot go on: "
-                             f"{'; '.join(changes)}")
+        if changes := differences(old, record):
+            raise ValueError(f"{out}: was run with {'; '.join(changes)}: --resume cannot go on, "
+                             "--overwrite starts anew")
     check_writable(out)
-    return finished and not config["overwrite"]
+    return finished and not overwrite
 
 
-def check_writable(out):
+def check_writable(out, flag="--out"):
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        raise ValueError(f"--out {out}: {existing} is not a folder that can be written to")
+        raise ValueError(f"{flag} {out}: {existing} is not a folder that can be written to")
 
 
-def open_folder(out, config):
+@contextmanager
+def locked(out):
+    """Nobody else runs in the folder meanwhile, or ValueError. A killed run leaves no lock."""
+    if ranks.RANK:  # process 0 holds it for all
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"{out}: another run is at work there; --out takes another "
+                         "folder") from None
+    try:
+        yield
+    finally:
+        (out / ".lock").unlink(missing_ok=True)
+        lock.release()
+
+
+def open_folder(out, record, overwrite=False):
     """Begin a run there, or go on with one."""
     if run_record(out):  # without one, these names may be anyone's
-        for name in ("partial", "text_encoder", "unet", "pipeline") if config["overwrite"] else ():
+        for name in ("partial", "text_encoder", "unet", "pipeline") if overwrite else ():
             shutil.rmtree(out / name, ignore_errors=True)
-        if config["overwrite"]:
+        if overwrite:
             (out / "results.json").unlink(missing_ok=True)
         for leftover in out.rglob("*.part"):
             leftover.unlink()
     (out / "partial").mkdir(parents=True, exist_ok=True)
-    write_json(out / "partial/config.json", {"config": config})
+    write_json(out / "partial/config.json", record)
 
 
-def close_folder(out, results):
-    """Write results.json, last of all, and delete what only a stopped run needs."""
-    write_json(out / "results.json", {"complete": True, **results})
+def close_folder(out):
+    """Delete what only a stopped run needs: the run is finished."""
     shutil.rmtree(out / "partial")

@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import Callable, NamedTuple, get_args, get_type_hints
 
 GROUPS = {  # of --help: title -> purpose
@@ -57,7 +58,8 @@ class Settings:
     device: str | None = first(None, "cpu or cuda (default: cuda where there is one)")
     judge: str | None = first(None, "MODEL:LABEL: who says what a picture shows (a classifier "
                               "or CLIP, a folder or MODEL@REVISION of the hub), and its name for "
-                              "the concept (default: the concept's; the toy's own)")
+                              "the concept; none: erase, and evaluate nothing (default: the "
+                              "concept's; the toy's own)")
 
     phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on",
                              low=1, high=12)
@@ -80,6 +82,8 @@ class Settings:
                                  "the first that shows the concept ends the attack", low=1)
     token_lr: float = evaluation(0.01, "Adam's learning rate of the token attack, in training too",
                                  low=1e-10, high=10)
+    clip_score: str | None = evaluation(None, "the CLIP of the score, a folder or hub id; or none "
+                                        "(default: openai/clip-vit-base-patch16; the toy's own)")
     save_images: str | None = evaluation(None, "folder for every picture, its prompt and seed in "
                                          "the name")
 
@@ -109,6 +113,7 @@ class Settings:
                 (task == "sample" and not self.prompts, "--task sample: give --prompts"),
                 (task != "sample" and self.prompts, "--prompts: is for --task sample"),
                 (task != "compare" and self.methods, "--methods: is for --task compare"),
+                (task != "train" and self.judge == "none", "--judge none: is for --task train"),
                 (task == "compare" and "eval_attacks" in given,
                  "--task compare: sets --eval-attacks itself: all that there are")):
             if wrong:
@@ -118,6 +123,11 @@ class Settings:
 # How every run on the toy departs from the defaults: it draws small pictures in a few steps.
 TOY = dict(phrasings=3, retain_set="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100,
            eval_looks=4, eval_prefix=5, eval_batch=25)
+
+
+def is_toy(model):
+    """Is this the toy, embedded or trained anew? Its folder has a classifier of its own."""
+    return model in ("toy", "toy-dusk") or (Path(model) / "classifier/config.json").is_file()
 
 
 class Method(NamedTuple):
@@ -248,7 +258,6 @@ def resolve(method, given):
     """
     import torch
 
-    from ..weights import TOY_UNETS
     from . import prompts, ranks
 
     cuda = torch.cuda.is_available()
@@ -261,13 +270,14 @@ def resolve(method, given):
                          "--low-memory works on any")
     ranks.join(device)
     why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
-    print(f"model: {model}, {'as asked' if given.get('model') else why}; on {device} in {precision}")
+    why = "as asked" if given.get("model") else why
+    print(f"model: {model}, {why}; on {device} in {precision}")
 
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given |= {"model": model, "device": device, "precision": precision}
     defaults = {f.name: f.default for f in fields(method.config)}
     concept = prompts.concept_settings(given.get("concept", defaults["concept"]), defaults)
-    toy = {**TOY, **method.toy} if model in TOY_UNETS else {}
+    toy = {**TOY, **method.toy} if is_toy(model) else {}
     config = method.config(**{**concept, **toy, **given})
     attacks = (*method.attacks, *method.inversions)
     if unknown := set(config.eval_attacks) - set(attacks):

@@ -13,8 +13,8 @@ import sd_mini
 from . import ranks, report, runs
 from .compare import compare
 from .evaluation import draw_rows
-from .experiment import (load_model, open_experiment, run, trained_parts, with_text_encoder,
-                         write_results)
+from .experiment import (load_model, open_experiment, record, run, trained_parts, with_pictures,
+                         with_text_encoder, write_results)
 from .prompts import Row, slug
 from .settings import resolve
 
@@ -23,41 +23,57 @@ def erase_or_score(method, config):
     """--task train and --task evaluate: one model, before and after."""
     suffix = "-evaluate" if config.task == "evaluate" else ""
     out = Path(config.out or Path("runs") / (slug(config.concept) + suffix))
+    begun = {"resume": config.resume, "overwrite": config.overwrite}
     for source in (config.text_encoder, config.model):
         inside = source and (Path(source).resolve(), *Path(source).resolve().parents)
         if config.overwrite and inside and out.resolve() in inside:
             raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
-    if runs.is_finished(out, asdict(config)):
-        print(f"{out}: is finished; --overwrite starts anew")
-        return
+    if config.save_images:
+        runs.check_writable(Path(config.save_images), "--save-images")
+    runs.is_finished(out, {"config": asdict(config)}, **begun)  # before anything is loaded
     experiment = open_experiment(method, config)
-    ranks.on_first(runs.open_folder, out, asdict(config))
-    print(f"{len(experiment.evaluation_set.rows)} prompts, attacked in {config.eval_attack_steps} "
-          "steps, in the original and the erased model")
-    results, pictures = {}, {}
-    for name, model in (("original", experiment.sd_o), ("erased", experiment.scored)):
+    own = record(experiment, config)
+    with runs.locked(out):
+        if runs.is_finished(out, own, **begun):
+            print(f"{out}: is finished; --overwrite starts anew")
+            return
+        ranks.on_first(runs.open_folder, out, own, config.overwrite)
+        erase_and_score(out, method, with_pictures(experiment, config), config)
+
+
+def erase_and_score(out, method, experiment, config):
+    """The run itself: the original's figures, training, the erased model's figures."""
+    models, results, pictures = {"erased": experiment.scored}, {}, {}
+    if experiment.evaluation_set:
+        models = {"original": experiment.sd_o, **models}
+        print(f"{len(experiment.evaluation_set.rows)} prompts, attacked in "
+              f"{config.eval_attack_steps} steps, in the original and the erased model")
+    for name, model in models.items():
         sd, results[name], pictures[name] = run(method, experiment, config, out, name, model)
-    print(report.table(results))
+    if experiment.evaluation_set:
+        print(report.table(results))
     ranks.on_first(write_outputs, out, experiment, config, sd, results, pictures)
 
 
 def write_outputs(out, experiment, config, sd, results, pictures):
-    """What a run leaves in its folder besides the weights; results.json last."""
+    """What a run leaves besides the weights: the figures first, then what decorates them."""
     evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
-    report.plot_samples(out / "samples.png", evaluation_set, pictures, config.eval_attacks)
-    if config.task == "train":
-        part = trained_parts(sd, sd_o)[0]
-        card = report.model_card(config, results, part, sd_o.folder, out / part)
-        (out / "README.md").write_text(card, encoding="utf-8")
-    for name in pictures if config.save_images else ():
-        report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
+    write_results(out, experiment, config, results)
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
-    write_results(out, experiment, config, results)
+    if evaluation_set:
+        report.decorate(report.plot_samples, out / "samples.png", evaluation_set, pictures,
+                        config.eval_attacks)
+    if config.task == "train":
+        part = trained_parts(sd, sd_o)[0]
+        report.decorate(report.write_card, out / "README.md", config, results, part, sd_o.folder)
+    for name in pictures if config.save_images else ():
+        report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
+    runs.close_folder(out)
     memory = torch.cuda.max_memory_allocated() / 2**30 if config.device != "cpu" else 0
     held = f", at most {memory:.1f} GiB on the GPU" if memory else ""
-    print(f"{out}: {', '.join(sorted(path.name for path in out.iterdir()))}\n"
-          f"{experiment.work.evaluations:,} UNet evaluations, "
+    names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
+    print(f"{out}: {', '.join(names)}\n{experiment.work.evaluations:,} UNet evaluations, "
           f"{time.time() - experiment.started:.0f} s{held}")
 
 
@@ -81,7 +97,7 @@ def sample(method, config):
 
 
 def run_task(method, given):
-    """Flags -> exit status: 0; 1: a run broke off; 2: the input is at fault; 130: it was stopped."""
+    """Flags -> exit status: 0; 1: it broke off; 2: the input is at fault; 130: it was stopped."""
     tasks = {"train": erase_or_score, "evaluate": erase_or_score, "compare": compare,
              "sample": sample}
     if threading.current_thread() is threading.main_thread():

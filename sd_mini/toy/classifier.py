@@ -50,12 +50,13 @@ class Classifier(PictureNet):
                 for kind, logits in self.logits(image).items()}
 
 
-def load_classifier(device="cpu"):
+def load_classifier(device="cpu", folder=TOY):
+    """The classifier of a toy's folder."""
     with torch.device("meta"):
         classifier = Classifier()
-    if read_json(TOY / "classifier/config.json") != LABELS:
-        raise ValueError(f"{TOY}/classifier/config.json: other labels than this world's; train "
+    if read_json(folder / "classifier/config.json") != LABELS:
+        raise ValueError(f"{folder}/classifier/config.json: other labels than this world's; train "
                          "again")
-    path = TOY / "classifier/model.safetensors"
+    path = folder / "classifier/model.safetensors"
     fill(classifier, read_tensors([path], device, torch.float32), path)
     return classifier

@@ -1,0 +1,313 @@
+"""Ordinary ways of working: odd names, edited files, two runs at once, notebooks, no internet."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import advunlearn as au
+from sd_mini.lab import classifiers, compare, report, runs, settings, tasks
+from sd_mini.weights import TOY
+
+from .test_run import FLAGS, ROOT, main, read_figures
+
+SMALLEST = [*FLAGS, "--steps", "2", "--trajectories", "1", "--trajectory-steps", "1",
+            "--eval-prompts", "2", "--eval-utility", "2", "--eval-steps", "1",
+            "--eval-attack-steps", "1", "--eval-looks", "1"]
+SHORT = [*SMALLEST, "--eval-attacks", "token"]
+COMPARE = [*SMALLEST, "--task", "compare", "--methods", "original", "ESD"]
+
+
+def write_prompts(path, *prompts):
+    path.write_text("prompt\n" + "".join(f'"{prompt}"\n' for prompt in prompts))
+    return path
+
+
+# --- 1: a user's text is no markup
+
+ODD = ["a $_$ church", "a $$ church \\frac {} %s <b>"]
+
+
+def test_prompts_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
+    prompts = write_prompts(tmp_path / "odd.csv", *ODD)
+    assert main(*SHORT, "--eval-set", prompts, "--out", tmp_path / "run") == 0
+    assert main(*COMPARE, "--eval-set", prompts, "--out", tmp_path / "table") == 0
+    for picture in ("run/samples.png", "table/compare.png"):
+        assert (tmp_path / picture).stat().st_size > 5000
+
+
+def test_names_of_methods_and_losses_may_be_odd_too(tmp_path):
+    rate = {"rate": 0.5, "low": 0.3, "high": 0.7, "n": 4}
+    figures = {name: {"utility": rate, "token_asr": rate} for name in ("$_$ | mine", "a*b*")}
+    compare.plot_tradeoff(tmp_path / "t.png", figures, "token", "$\\bad$")
+    report.plot_losses(tmp_path / "l.png", [{"$_$": 1.0, "later $$": None}, {"$_$": 1.0, "later $$": 2}])
+    table = report.markdown(figures, "a | b", ["1234567"])
+    assert "| \\$\\_\\$ \\| mine |" in table and "| a\\*b\\* |" in table
+
+
+@pytest.mark.parametrize("concept", ['the "Mona Lisa"', "back\\slash", "it's {here}", "a `tick`"])
+def test_the_cards_snippet_is_python_whatever_the_concept(tmp_path, concept):
+    config = au.Config(concept=concept, model="toy")
+    report.write_card(tmp_path / "README.md", config, {}, "unet", TOY)
+    card = (tmp_path / "README.md").read_text()
+    snippet = card.split("```python\n")[1].split("```")[0]
+    lines = [line for line in snippet.splitlines() if line.startswith("pipeline(")]
+    compile(snippet, "card", "exec")
+    assert repr(f"a photo of a {concept}") in lines[0] or json.dumps(f"a photo of a {concept}") in lines[0]
+
+
+def test_pictures_that_fail_are_warnings_and_the_figures_are_there_before(
+        tmp_path, monkeypatch, capsys):
+    figures_first = []
+
+    def fails(path, *arguments):
+        figures_first.append((path.parent / "results.json").is_file())
+        raise RuntimeError("no such font")
+
+    with monkeypatch.context() as patch:
+        for decoration in ("plot_losses", "plot_samples", "write_card"):
+            patch.setattr(report, decoration, fails)
+        assert main(*SHORT, "--out", tmp_path / "run") == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert len(warnings) == 3 and all("was not written: no such font" in w for w in warnings)
+    assert figures_first[1:] == [True, True]  # the losses are drawn after training
+    assert json.loads((tmp_path / "run/results.json").read_text())["complete"]
+
+
+# --- 2: what was computed is reused by content
+
+def test_an_edited_prompt_file_is_not_taken_for_the_old_one(tmp_path, capsys):
+    prompts = write_prompts(tmp_path / "mine.csv", "a church", "a red church")
+    flags = [*COMPARE, "--eval-set", prompts, "--out", tmp_path / "table"]
+    assert main(*flags) == 0
+    written = (tmp_path / "table/esd/seed-0/results.json").stat().st_mtime_ns
+    assert main(*flags) == 0  # nothing has changed: nothing is done again
+    assert (tmp_path / "table/esd/seed-0/results.json").stat().st_mtime_ns == written
+    write_prompts(prompts, "a church", "a blue church")
+    capsys.readouterr()
+    assert main(*flags) == 2
+    assert "was run with other evaluation prompts" in capsys.readouterr().err
+    assert main(*flags, "--overwrite") == 0
+    table = json.loads((tmp_path / "table/original/seed-0/results.json").read_text())
+    rows = table["results"]["original"]["details"]["rows"]
+    assert [row["prompt"] for row in rows] == ["a church", "a blue church"]
+
+
+def begun(out, flags):
+    """A run that is stopped after its training has begun."""
+    with pytest.MonkeyPatch.context() as patch:
+        def stop(*arguments, **named):
+            raise KeyboardInterrupt
+        patch.setattr(au.torch.optim.Adam, "step", stop)
+        assert main(*flags, "--out", out) == 130
+
+
+@pytest.mark.parametrize("changed", ["retain", "model", "code", "nothing"])
+def test_resume_goes_on_with_the_same_inputs_alone(tmp_path, capsys, changed):
+    retain = write_prompts(tmp_path / "retain.csv", "a photo of a house", "a boat")
+    model = tmp_path / "model"
+    shutil.copytree(TOY, model)
+    flags = [*SHORT, "--retain-set", retain, "--model", model, "--attack", "none"]
+    begun(tmp_path / "run", flags)
+    if changed == "retain":
+        write_prompts(retain, "a photo of a tree", "a boat")
+    if changed == "model":
+        path = model / "text_encoder/model.safetensors"
+        tensors = load_file(path)
+        tensors["text_model.final_layer_norm.bias"] += 0.1
+        save_file(tensors, path, {"format": "pt"})
+    with pytest.MonkeyPatch.context() as patch:
+        if changed == "code":
+            patch.setattr(tasks.record.__globals__["inspect"], "getfile", lambda _: __file__)
+        status = main(*flags, "--out", tmp_path / "run", "--resume")
+    message = capsys.readouterr().err
+    expected = {"retain": "other prompts to erase and retain", "model": "other model",
+                "code": "other code", "nothing": ""}[changed]
+    assert expected in message and status == (0 if changed == "nothing" else 2)
+
+
+def test_a_row_says_which_commit_made_it(tmp_path):
+    assert main(*COMPARE, "--out", tmp_path) == 0
+    path = tmp_path / "esd/seed-0/results.json"
+    run = json.loads(path.read_text())
+    path.write_text(json.dumps({**run, "commit": "0ld0ld0"}))
+    assert main(*COMPARE, "--out", tmp_path) == 0
+    assert f"rows of commit 0ld0ld0, {run['commit']}" in (tmp_path / "table.md").read_text()
+
+
+# --- 3: one run in a folder
+
+def test_a_folder_in_use_is_refused_and_a_killed_run_leaves_no_lock(tmp_path):
+    out = tmp_path / "run"
+    code = ("import sys, time; from pathlib import Path; from sd_mini.lab import runs\n"
+            "with runs.locked(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)")
+    holder = subprocess.Popen([sys.executable, "-c", code, str(out)], cwd=ROOT, text=True,
+                              stdout=subprocess.PIPE)
+    assert holder.stdout.readline() == "held\n"
+    for flags in ([], ["--overwrite"], ["--resume"]):
+        assert main(*SHORT, "--out", out, *flags) == 2
+    assert {path.name for path in out.iterdir()} == {".lock"}
+    holder.kill()
+    holder.wait()
+    assert main(*SHORT, "--out", out, "--resume") == 0
+    assert not (out / ".lock").exists()
+
+
+def test_a_row_of_a_comparison_is_locked_by_itself(tmp_path, capsys):
+    with runs.locked(tmp_path / "esd/seed-0"):
+        assert main(*COMPARE, "--out", tmp_path) == 2
+        assert "esd/seed-0: another run is at work there" in capsys.readouterr().err
+        assert main(*COMPARE, "--methods", "original", "--out", tmp_path) == 0
+
+
+# --- 7: a guest in its host
+
+HOST = """
+import os, signal, threading
+import matplotlib
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+plt.plot([1, 2])
+before = matplotlib.get_backend(), dict(os.environ), signal.getsignal(signal.SIGINT)
+import sd_mini, advunlearn
+from dataclasses import replace
+from sd_mini.lab import tasks
+
+sd = sd_mini.load("toy")
+config = replace(advunlearn.Config(), steps=10, warmup=5, trajectories=2, trajectory_steps=2,
+                 attack_steps=1)
+done = []
+
+def train():
+    done.append(advunlearn.advunlearn(sd, ["church"], ["a boat"], config, "kept"))
+    done.append(tasks.run_task(advunlearn.METHOD, {"task": "sample", "prompts": ["a church"],
+                                                   "eval_steps": 1, "out": "drawn"}))
+
+thread = threading.Thread(target=train)
+thread.start(), thread.join()
+erased, history = done[0]
+plt.imshow(erased.sample(["a boat"], steps=2)[0].permute(1, 2, 0))
+plt.savefig("plot.svg")
+after = matplotlib.get_backend(), dict(os.environ), signal.getsignal(signal.SIGINT)
+assert before == after, (before[0], after[0])
+assert len(history) == 10 and done[1] == 0 and len(plt.get_fignums()) == 1
+"""
+
+
+@pytest.mark.beside
+def test_a_notebook_keeps_its_plots_environment_and_signals(tmp_path):
+    """Plot before and after the import; train ten iterations in a thread with `Config()`."""
+    done = subprocess.run([sys.executable, "-c", HOST], cwd=tmp_path, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "plot.svg").stat().st_size > 1000
+
+
+def test_config_is_whole():
+    """The paper's settings for an object."""
+    config = au.Config()
+    assert (config.layers, config.retain_weight, config.steps, config.eta) == (1, 0.5, 1000, 1.0)
+    assert au.training_attack(config) == au.Attack("embedding", 30, 1e-3, 1, None)
+
+
+# --- 8: a path is a path
+
+@pytest.mark.parametrize("spec, expected", [
+    ("some/model", ("some/model", None, None)),
+    ("some/model@v1:a church", ("some/model", "v1", "a church")),
+    ("some/model:a@b church", ("some/model", None, "a@b church")),
+    ("C:\\judge", ("C:\\judge", None, None)),
+    ("C:\\judge:church: big", ("C:\\judge", None, "church: big")),
+    ("user@host:9/clip:church", ("user@host:9/clip", None, "church")),
+])
+def test_a_classifier_on_disk_may_have_any_name(tmp_path, monkeypatch, spec, expected):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("C:\\judge", "user@host:9/clip"):
+        Path(folder).mkdir(parents=True)
+    assert classifiers.split_source(spec) == expected
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_a_folder_for_pictures_that_cannot_be_is_refused_at_the_start(tmp_path, capsys, place):
+    (tmp_path / "file").write_text("x")
+    assert main(*SHORT, "--out", tmp_path / "run", "--save-images", tmp_path / place) == 2
+    assert capsys.readouterr().err.startswith("error: --save-images")
+    assert not (tmp_path / "run").exists()
+
+
+# --- 11: without internet, without a judge
+
+def test_erasing_alone_needs_weights_and_nothing_else(tmp_path, monkeypatch):
+    """No classifier and no CLIP is opened, and the weights are those of an evaluated run."""
+    def opened(*arguments):
+        raise AssertionError("opened")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(classifiers, "load_classifier", opened)
+        patch.setattr(classifiers, "load_clip_score", opened)
+        assert main(*SHORT, "--judge", "none", "--out", tmp_path / "alone") == 0
+    assert main(*SHORT, "--out", tmp_path / "scored") == 0
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {"text_encoder", "results.json", "losses.png", "README.md"}
+    weights = [(tmp_path / run / "text_encoder/model.safetensors").read_bytes()
+               for run in ("alone", "scored")]
+    assert weights[0] == weights[1]
+    assert "minutes" in json.loads((tmp_path / "alone/results.json").read_text())["results"]["erased"]
+
+
+def test_a_run_may_do_without_a_clip_score(tmp_path):
+    assert main(*SHORT, "--clip-score", "none", "--out", tmp_path / "run") == 0
+    figures = read_figures(tmp_path / "run")
+    assert "clip_score" not in figures and figures["frechet"] >= 0
+
+
+@pytest.mark.parametrize("flags, hint", [
+    (["--judge", "some/absent:church"], "or none: then nothing is evaluated"),
+    (["--clip-score", "some/absent"], "or none: then there is no CLIP score")])
+def test_what_is_not_there_names_the_flag_that_does_without(tmp_path, capsys, flags, hint):
+    assert main(*SHORT, *flags, "--out", tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert "some/absent" in message and hint in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+# --- 12: the toy elsewhere
+
+def test_a_toy_in_its_own_folder_is_a_toy(tmp_path):
+    shutil.copytree(TOY, tmp_path / "mine")
+    own = settings.resolve(au.METHOD, settings.parse(au.Config, ["--model", str(tmp_path / "mine")]))
+    embedded = settings.resolve(au.METHOD, settings.parse(au.Config, ["--model", "toy"]))
+    assert replace(own, model="toy") == embedded
+    network = classifiers.ToyClassifier("cpu", tmp_path / "mine").network
+    before = network.head.weight.clone()
+    path = tmp_path / "mine/classifier/model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "head.weight": tensors["head.weight"] + 1}, path)
+    own = classifiers.ToyClassifier("cpu", tmp_path / "mine").network
+    assert not torch.equal(own.head.weight, before)  # its own classifier, not the embedded one
+    assert main(*SHORT, "--model", tmp_path / "mine", "--out", tmp_path / "run") == 0
+
+
+# --- 13: large inputs
+
+def test_a_bank_that_cannot_be_held_is_refused_before_it_is_sampled(
+        sd, tmp_path, capsys, monkeypatch):
+    """200 runs of 500 steps, of 3 latents of 4 KiB each: 1.2 GB."""
+    prompts = [f"a photo of thing {i}" for i in range(200)]
+    large = write_prompts(tmp_path / "large.csv", *prompts)
+    monkeypatch.setattr(runs, "machine_memory", lambda: 2e9)
+    assert main(*SHORT, "--retain-set", large, "--trajectory-steps", "500",
+                "--out", tmp_path / "run") == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: the bank would take 1.2 GB, more than half of this machine's")
+    assert "--trajectory-steps" in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(runs, "machine_memory", lambda: 4e9)
+    au.check_prompts(sd, ["church"], prompts, [], au.Config(trajectory_steps=500))
+    assert "the bank takes 1.2 GB" in capsys.readouterr().out
