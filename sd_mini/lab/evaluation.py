@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 
 from . import classifiers, ranks
-from .prompts import PROMPTS, Row, evaluation_rows, one_of, read_rows
+from .prompts import PROMPTS, Row, evaluation_rows, folded, one_of, read_rows
 from .runs import cached
 
 PARTS = ("rows", "paraphrases", "neighbours", "styles", "utility")
@@ -50,7 +50,7 @@ def load_evaluation_set(sd_o, concepts, config, toy):
                 for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
 
     def for_others(part):
-        return [r for r in part if r.label not in names and not named.search(r.prompt)]
+        return [r for r in part if r.label not in names and not named.search(folded(r.prompt))]
 
     parts = {
         "rows": rows,
@@ -155,7 +155,8 @@ def invert_concepts(sd, evaluation_set, which, attack, config):
     for label in dict.fromkeys(row.label for row in everything):
         own = [i for i, row in enumerate(everything) if row.label == label]
         prompts = [everything[i].prompt for i in own]
-        prompts = [named.sub(" * ", p) if named.search(p) else f"* {p}" for p in prompts]
+        prompts = [named.sub(" * ", folded(p)) if named.search(folded(p)) else f"* {p}"
+                   for p in prompts]
         learnt = attack(sd, prompts, evaluation_set.original["rows"][own], config)
         context.update(zip(own, learnt))
     rows = [everything[i] for i in which]

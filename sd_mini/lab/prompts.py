@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,12 +153,37 @@ def training_prompts(concepts, config):
     return erase, retain, dropped
 
 
-def one_of(words):
-    """A pattern that finds any of the words as a whole word.
+# --- names in prompts
 
-    Capitals do not matter, nor the plural's s or es: "church" finds "Churches", not "churchill".
+# A letter or digit of the scripts that have capitals, which put blanks between their words.
+LETTER = r"[^\W\u0590-\u1dff\u2e80-\U0010ffff]"
+EDGE = f"(?:(?<!{LETTER})|(?!{LETTER}))"  # not between two of them
+PLURALS = {"y": "ies", "f": "ves", "ife": "ives", "man": "men", "child": "children",
+           "person": "people", "mouse": "mice", "goose": "geese", "foot": "feet", "tooth": "teeth"}
+
+
+def folded(text):
+    """A text such that what differs in capitals, in blanks or in how accents are coded is equal."""
+    composed = unicodedata.normalize("NFC", " ".join(text.split()))
+    return unicodedata.normalize("NFC", composed.casefold())
+
+
+def with_plurals(word):
+    """The word, folded, and what its plural may be: "wolf" -> wolf, wolfs, wolfes, wolves."""
+    word = folded(word)
+    irregular = [word.removesuffix(end) + plural for end, plural in PLURALS.items()
+                 if word.endswith(end)]
+    return [word, word + "s", word + "es", *irregular]
+
+
+def one_of(words):
+    """A pattern that finds any of the words, or its plural, as a whole word in a folded text.
+
+    "church" is in "two churches", not in "churchill". Within a word is between two LETTERs, so
+    that C++ and 教堂 are found too, which \\b cannot bound.
     """
-    return re.compile(rf"\b({'|'.join(map(re.escape, words))})(s|es)?\b", re.IGNORECASE)
+    every = [re.escape(form) for word in words for form in with_plurals(word)]
+    return re.compile(f"{EDGE}(?:{'|'.join(every)}){EDGE}")
 
 
 def without_concept(prompts, words):
@@ -166,5 +192,6 @@ def without_concept(prompts, words):
     A retain set that holds the concept undoes erasing.
     """
     pattern = one_of(words)
-    kept = [prompt for prompt in prompts if not pattern.search(prompt)]
-    return kept, [prompt for prompt in prompts if pattern.search(prompt)]
+    named = [bool(pattern.search(folded(prompt))) for prompt in prompts]
+    return ([prompt for prompt, names in zip(prompts, named) if not names],
+            [prompt for prompt, names in zip(prompts, named) if names])
