@@ -560,11 +560,12 @@ def inversion_attack(sd, prompts, pictures, config):
 
 
 def check(sd_o, erase_prompts, retain_prompts, attacked_prompts, config):
-    """ValueError, before any work, for what would fail later."""
+    """ValueError, before any work, for what would fail later.
+
+    Of the prompts to retain and to attack the lab has left out what is too long.
+    """
     parameters_to_train(sd_o, config)
     tokenize_with_room(sd_o, erase_prompts, config.prefix)
-    tokenize_with_room(sd_o, retain_prompts, 0)
-    tokenize_with_room(sd_o, attacked_prompts, config.eval_prefix)
 
 
 def table_rows(sd_o, config):

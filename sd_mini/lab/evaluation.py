@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 
 from . import classifiers, ranks
-from .prompts import PROMPTS, Row, evaluation_rows, folded, one_of, read_rows
+from .prompts import PROMPTS, Row, evaluation_rows, folded, one_of, read_rows, that_fit
 from .runs import cached
 
 PARTS = ("rows", "paraphrases", "neighbours", "styles", "utility")
@@ -39,11 +39,6 @@ def load_evaluation_set(sd_o, concepts, config, toy):
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
     words = [word for c in concepts for word in c.words]
     named = one_of(words)
-    if config.eval_set:
-        rows = read_rows(config.eval_set, names[0] if len(names) == 1 else None)
-        rows = rows[: config.eval_prompts]
-    else:
-        rows = [row for c in concepts for row in evaluation_rows(c, config)]
 
     def of_concepts(role):
         return [row for c in concepts
@@ -53,7 +48,7 @@ def load_evaluation_set(sd_o, concepts, config, toy):
         return [r for r in part if r.label not in names and not named.search(folded(r.prompt))]
 
     parts = {
-        "rows": rows,
+        "rows": rows_to_attack(sd_o, concepts, config),
         "paraphrases": of_concepts("paraphrase"),
         "neighbours": for_others(of_concepts("neighbour")),
         "styles": for_others(read_rows(suite, role="style"))[: config.eval_prompts],
@@ -74,6 +69,21 @@ def load_evaluation_set(sd_o, concepts, config, toy):
                          "--judge MODEL:LABEL chooses one")
     score = classifiers.ToyCLIPScore(sd_o) if toy else classifiers.CLIPScore(device=config.device)
     return EvaluationSet(**parts, classifier=classifier, clip_score=score, words=words)
+
+
+def rows_to_attack(sd_o, concepts, config):
+    """The first `eval_prompts` rows of --eval-set, or of each concept, that fit the model."""
+    def fitting(rows, what):
+        rows, notes = that_fit(sd_o, rows, config.eval_prefix, what, config.eval_prompts)
+        for note in notes:
+            print(note)
+        return rows
+
+    if config.eval_set:
+        label = concepts[0].name if len(concepts) == 1 else None
+        return read_rows(config.eval_set, label, partial(fitting, what="--eval-set"))
+    return [row for c in concepts
+            for row in evaluation_rows(c, config, partial(fitting, what=f"prompts of {c.name}"))]
 
 
 # --- pictures

@@ -71,8 +71,9 @@ def open_experiment(method, config):
     What would go wrong after hours goes wrong here, with a ValueError.
     """
     started, concepts = time.time(), read_concepts(config.concept)
-    erase, retain, _ = training_prompts(concepts, config)
+    training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
     sd_o = load_model(config)
+    erase, retain, _ = training_prompts(concepts, config, sd_o)
     evaluation_set = load_evaluation_set(sd_o, concepts, config, config.model in TOY_UNETS)
     method.check(sd_o, erase, retain, [row.prompt for row in evaluation_set.rows], config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
@@ -84,9 +85,9 @@ def open_experiment(method, config):
 def train(method, experiment, config, folder=None):
     """Train as the method says -> (erased model, history of losses)."""
     sd_o = experiment.sd_o
-    erase, retain, dropped = training_prompts(experiment.concepts, config)
-    if dropped:
-        print(f"not retained, since they name the concept: {', '.join(dropped)}")
+    erase, retain, notes = training_prompts(experiment.concepts, config, sd_o)
+    for note in notes:
+        print(note)
     sd, history = method.train(sd_o, erase, retain, config, folder)
     for part in trained_parts(sd, sd_o):
         getattr(sd, part).requires_grad_(False)

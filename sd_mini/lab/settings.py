@@ -262,7 +262,7 @@ def resolve(method, given):
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given |= {"model": model, "device": device, "precision": precision}
     defaults = {f.name: f.default for f in fields(method.config)}
-    concept = prompts.concept_settings(given.get("concept", defaults["concept"]), defaults)
+    concept = prompts.concept_settings(given.get("concept", defaults["concept"]), method.config)
     toy = {**TOY, **method.toy} if model in TOY_UNETS else {}
     config = method.config(**{**concept, **toy, **given})
     attacks = (*method.attacks, *method.inversions)
