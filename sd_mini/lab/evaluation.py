@@ -35,7 +35,7 @@ def load_evaluation_set(sd_o, concepts, config, toy):
     A prompt for whose label the classifier has no name is left out, with a note. Utility keeps it:
     its pictures have other figures too. `toy`: by the toy's own classifier and suite.
     """
-    spec = config.judge or (None if toy else concepts[0].judge)
+    spec = judge_of(concepts, config, toy)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
     words = [word for c in concepts for word in c.words]
     named = one_of(words)
@@ -69,6 +69,15 @@ def load_evaluation_set(sd_o, concepts, config, toy):
                          "--judge MODEL:LABEL chooses one")
     score = classifiers.ToyCLIPScore(sd_o) if toy else classifiers.CLIPScore(device=config.device)
     return EvaluationSet(**parts, classifier=classifier, clip_score=score, words=words)
+
+
+def judge_of(concepts, config, toy):
+    """Whom --judge names, or else the judge of all the concepts; None: the toy's own."""
+    judges = dict.fromkeys(c.judge for c in concepts)
+    if not (config.judge or toy or len(judges) == 1):
+        raise ValueError(f"--concept {config.concept}: their judges differ, "
+                         f"{' and '.join(judges)}; give one for all with --judge")
+    return config.judge or (None if toy else concepts[0].judge)
 
 
 def rows_to_attack(sd_o, concepts, config):
