@@ -560,14 +560,12 @@ def inversion_attack(sd, prompts, pictures, config):
 
 # ------------------------------------------- what sd_mini/lab, which runs experiments, is handed
 
-def check_prompts(sd_o, erase_prompts, retain_prompts, attacked_prompts, config):
+def check_prompts(sd_o, erase_prompts, retain_prompts, config):
     """ValueError, before any work, for what would fail later."""
     parameters_to_train(sd_o, config)
     latents = max(config.trajectories, len(retain_prompts)) * config.trajectory_steps
     check_memory("the bank", 12 * latents * math.prod(sd_o.latent_shape), "--trajectory-steps")
     tokenize_with_room(sd_o, erase_prompts, config.prefix)
-    tokenize_with_room(sd_o, retain_prompts, 0)
-    tokenize_with_room(sd_o, attacked_prompts, config.eval_prefix)
 
 
 def comparison_rows(sd_o, config):

@@ -53,7 +53,7 @@ def test_suites_never_name_the_concept_where_they_should_not(suite, concept):
 
 def test_retain_sets():
     def read(name):
-        return [row["prompt"] for row in read_csv(PROMPTS / f"retain_{name}.csv")]
+        return [record.prompt for record in read_csv(PROMPTS / f"retain_{name}.csv")]
 
     assert len(set(read("coco"))) == 80 and len(set(read("imagenet"))) == 243
     assert "a photo of a church" in read("imagenet")  # as published; dropped to erase church

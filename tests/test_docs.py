@@ -141,11 +141,11 @@ OTHER_FLAGS = {"--help", "--check", "--out", "--exercise", "--grade-seed", "--on
 # Words in code type that are no names of ours.
 LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guidance", "eps_empty",
            "details", "results", "erased", "token", "prompt", "evaluation_seed", "sd_mini",
-           "evaluation_guidance", "diffusers", "huggingface_hub", "HF_HOME", "HF_HUB_OFFLINE",
-           "position_ids", "text_model.", "condition_embd", "fast_at", "cross_attention", "pytest",
-           "torchrun", "python", "imagenet", "coco", "unet", "ID", "world.ERASED",
-           "samples.png", "losses.png", "results.json", "table.md", "compare.png", "tradeoff.png",
-           "grade.json", "forget.py"}
+           "evaluation_guidance", "sd_seed", "sd_guidance_scale", "diffusers", "huggingface_hub",
+           "HF_HOME", "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at",
+           "cross_attention", "pytest", "torchrun", "python", "imagenet", "coco", "unet", "ID",
+           "world.ERASED", "samples.png", "losses.png", "results.json", "table.md", "compare.png",
+           "tradeoff.png", "grade.json", "forget.py"}
 
 
 @pytest.mark.parametrize("name", DOCS)

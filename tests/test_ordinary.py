@@ -102,9 +102,9 @@ def test_an_edited_prompt_file_is_not_taken_for_the_old_one(tmp_path, capsys):
 def begun(out, flags):
     """A run that is stopped after its training has begun."""
     with pytest.MonkeyPatch.context() as patch:
-        def stop(*arguments, **named):
+        def stop(*arguments):
             raise KeyboardInterrupt
-        patch.setattr(au.torch.optim.Adam, "step", stop)
+        patch.setattr(au, "erase_loss", stop)
         assert main(*flags, "--out", out) == 130
 
 
@@ -309,5 +309,5 @@ def test_a_bank_that_cannot_be_held_is_refused_before_it_is_sampled(
     assert "--trajectory-steps" in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(runs, "machine_memory", lambda: 4e9)
-    au.check_prompts(sd, ["church"], prompts, [], au.Config(trajectory_steps=500))
+    au.check_prompts(sd, ["church"], prompts, au.Config(trajectory_steps=500))
     assert "the bank takes 1.2 GB" in capsys.readouterr().out

@@ -9,7 +9,7 @@ from zlib import crc32
 import torch
 
 from . import classifiers, ranks
-from .prompts import PROMPTS, Row, evaluation_rows, one_of, read_rows
+from .prompts import PROMPTS, Row, evaluation_rows, folded, one_of, read_rows, that_fit
 from .runs import cached
 from .settings import is_toy
 
@@ -37,25 +37,20 @@ def load_evaluation_set(sd_o, concepts, config):
     for CLIP score and Frechet distance. The toy has a classifier, a CLIP and a suite of its own.
     """
     toy = is_toy(config.model)
-    spec = config.judge or (None if toy else concepts[0].judge)
+    spec = judge_of(concepts, config, toy)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
     words = [word for c in concepts for word in c.words]
     named = one_of(words)
-    if config.eval_set:
-        rows = read_rows(config.eval_set, names[0] if len(names) == 1 else None)
-        rows = rows[: config.eval_prompts]
-    else:
-        rows = [row for c in concepts for row in evaluation_rows(c, config)]
 
     def of_concepts(role):
         return [row for c in concepts
                 for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
 
     def for_others(part):
-        return [r for r in part if r.label not in names and not named.search(r.prompt)]
+        return [r for r in part if r.label not in names and not named.search(folded(r.prompt))]
 
     parts = {
-        "rows": rows,
+        "rows": rows_to_attack(sd_o, concepts, config),
         "paraphrases": of_concepts("paraphrase"),
         "neighbours": for_others(of_concepts("neighbour")),
         "styles": for_others(read_rows(suite, role="style"))[: config.eval_prompts],
@@ -76,6 +71,30 @@ def load_evaluation_set(sd_o, concepts, config):
                          "--judge MODEL:LABEL chooses one")
     clip = classifiers.load_clip_score(config.clip_score, sd_o, toy)
     return EvaluationSet(**parts, classifier=classifier, clip_score=clip, words=words)
+
+
+def judge_of(concepts, config, toy):
+    """Whom --judge names, or else the judge of all the concepts; None: the toy's own."""
+    judges = dict.fromkeys(c.judge for c in concepts)
+    if not (config.judge or toy or len(judges) == 1):
+        raise ValueError(f"--concept {config.concept}: their judges differ, "
+                         f"{' and '.join(judges)}; give one for all with --judge")
+    return config.judge or (None if toy else concepts[0].judge)
+
+
+def rows_to_attack(sd_o, concepts, config):
+    """The first `eval_prompts` rows of --eval-set, or of each concept, that fit the model."""
+    def fitting(rows, what):
+        rows, notes = that_fit(sd_o, rows, config.eval_prefix, what, config.eval_prompts)
+        for note in notes:
+            print(note)
+        return rows
+
+    if config.eval_set:
+        label = concepts[0].name if len(concepts) == 1 else None
+        return read_rows(config.eval_set, label, partial(fitting, what="--eval-set"))
+    return [row for c in concepts
+            for row in evaluation_rows(c, config, partial(fitting, what=f"prompts of {c.name}"))]
 
 
 # --- pictures
@@ -156,7 +175,8 @@ def invert_concepts(sd, evaluation_set, which, attack, config):
     for label in dict.fromkeys(row.label for row in everything):
         own = [i for i, row in enumerate(everything) if row.label == label]
         prompts = [everything[i].prompt for i in own]
-        prompts = [named.sub(" * ", p) if named.search(p) else f"* {p}" for p in prompts]
+        prompts = [named.sub(" * ", folded(p)) if named.search(folded(p)) else f"* {p}"
+                   for p in prompts]
         learnt = attack(sd, prompts, evaluation_set.original["rows"][own], config)
         context.update(zip(own, learnt))
     rows = [everything[i] for i in which]

@@ -78,12 +78,12 @@ def open_experiment(method, config):
     What would go wrong after hours goes wrong here, with a ValueError.
     """
     started, concepts = time.time(), read_concepts(config.concept)
-    erase, retain, _ = training_prompts(concepts, config)
-    sd_o, evaluation_set, attacked = load_model(config), None, []
+    training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
+    sd_o, evaluation_set = load_model(config), None
+    erase, retain, _ = training_prompts(concepts, config, sd_o)
     if config.judge != "none":
         evaluation_set = load_evaluation_set(sd_o, concepts, config)
-        attacked = [row.prompt for row in evaluation_set.rows]
-    method.check(sd_o, erase, retain, attacked, config)
+    method.check(sd_o, erase, retain, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
     inputs = fingerprints(method, sd_o, evaluation_set, scored)
     return Experiment(sd_o, concepts, evaluation_set, inputs, Work(sd_o), started, scored)
@@ -127,7 +127,7 @@ def code_hash(method):
 
 def record(experiment, config):
     """What says whether a run is this one: settings, and hashes of all that was read."""
-    prompts = hash_of(training_prompts(experiment.concepts, config))
+    prompts = hash_of(training_prompts(experiment.concepts, config, experiment.sd_o))
     return {"config": asdict(config),
             "inputs": {**experiment.inputs, "prompts to erase and retain": prompts}}
 
@@ -135,9 +135,9 @@ def record(experiment, config):
 def train(method, experiment, config, folder=None):
     """Train as the method says -> (erased model, history of losses)."""
     sd_o = experiment.sd_o
-    erase, retain, dropped = training_prompts(experiment.concepts, config)
-    if dropped:
-        print(f"not retained, since they name the concept: {', '.join(dropped)}")
+    erase, retain, notes = training_prompts(experiment.concepts, config, sd_o)
+    for note in notes:
+        print(note)
     sd, history = method.train(sd_o, erase, retain, config, folder)
     for part in trained_parts(sd, sd_o):
         getattr(sd, part).requires_grad_(False)

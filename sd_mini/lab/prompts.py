@@ -1,11 +1,18 @@
-"""Concepts and prompts: the CSV files, the phrasings that are erased, the retain filter."""
+"""Concepts and prompts: their files, the phrasings that are erased, the retain filter."""
 from __future__ import annotations
 
-import csv
+import difflib
 import math
 import re
+import unicodedata
+from dataclasses import fields
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
+
+# By their whole names: the grader opens this file outside its package.
+from sd_mini.lab.records import COLUMNS, read_csv, read_number
+from sd_mini.lab.settings import check_value
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 
@@ -42,7 +49,8 @@ class Concept(NamedTuple):
     kind: str = "object"  # or style
     synonyms: tuple[str, ...] = ()
     judge: str = "microsoft/resnet-50"
-    settings: dict = {}  # what else its row says
+    settings: dict = {}  # what else its row says, as text
+    where: str = ""  # file and line of its row
 
     @property
     def words(self):
@@ -54,110 +62,213 @@ def slug(name):
     return re.sub(r"[^\w+-]+", "_", name.lower().replace(",", "+")).strip("_") or "_"
 
 
-# --- files
+# --- evaluation prompts
 
-def read_csv(path, column="prompt"):
-    """A CSV file with a header and that column -> its rows as dicts."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file, strict=True))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (UnicodeDecodeError, csv.Error, OSError) as error:
-        raise ValueError(f"{path}: not a CSV file in UTF-8: {error}") from None
-    if not rows or column not in rows[0]:
-        raise ValueError(f"{path}: " + (f"no column {column!r}" if rows else "holds no rows"))
-    for line, row in enumerate(rows, 2):
-        if not row[column]:
-            raise ValueError(f"{path}, line {line}: its {column} is empty")
-    return rows
+def read_rows(path, label=None, pick=list, **wanted):
+    """Evaluation prompts, in the columns of UnlearnDiffAtk's files or of I2P.
 
-
-def read_rows(path, label=None, **wanted):
-    """Evaluation prompts, in the columns of UnlearnDiffAtk's files.
-
-    Of a suite only the rows whose columns are as wanted: `role="style"`.
+    Of a suite only the rows whose columns are as wanted: `role="style"`. `pick` gets the rows one
+    by one and chooses; numbers are read in the rows chosen alone.
     """
-    rows = []
-    for line, r in enumerate(read_csv(path), 2):
-        try:
-            row = Row(r["prompt"], int(r.get("evaluation_seed") or 0),
-                      float(r.get("evaluation_guidance") or 7.5), r.get("label") or label)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: evaluation_seed or evaluation_guidance: "
-                             f"{error}") from None
-        if not (row.label and 0 <= row.seed < 2**63 and math.isfinite(row.guidance)):
-            raise ValueError(f"{path}, line {line}: label, evaluation_seed or evaluation_guidance: "
-                             "empty or out of range")
-        if all(r[column] == value for column, value in wanted.items()):
-            rows.append(row)
+    records = pick(record for record in read_csv(path)
+                   if all(record.text(column) == value for column, value in wanted.items()))
+    rows = [row_of(record, label) for record in records]
+    note_oddities(path, records, rows)
     return rows
+
+
+def row_of(record, label):
+    label, seed, guidance = record.text("label") or label, 0, 7.5
+    if not label:
+        raise ValueError(f"{record.where}: no label, which it needs: there are several concepts")
+    if column := record.column("seed"):
+        seed = read_number(record.where, column, record.text("seed"), int)
+    if column := record.column("guidance"):
+        guidance = read_number(record.where, column, record.text("guidance"), float)
+    return Row(record.prompt, seed, guidance, label)
+
+
+def note_oddities(path, records, rows):
+    """Print what may surprise and is no mistake: no seed, or another class than the label."""
+    if unseeded := sum(not record.column("seed") for record in records):
+        print(f"note: {path}: {unseeded} of {len(rows)} prompts have no seed (column "
+              f"{', '.join(COLUMNS['seed'])}); it is 0")
+    others = [(record, row) for record, row in zip(records, rows) if record.column("class")
+              and not one_of([row.label]).search(folded(record.text("class").replace("_", " ")))]
+    for record, row in others[:1]:
+        print(f"note: {path}: {len(others)} of {len(rows)} prompts are of another class than "
+              f"{row.label!r} and count all the same; the first, {record.where.split(', ')[-1]}: "
+              f"{record.text('class')!r}")
+
+
+# --- concepts
+
+CONCEPTS = PROMPTS / "concepts.csv"
+SHIPPED = {"retain_weight", "layers"}  # settings in it that not every method has
 
 
 def read_concepts(names):
-    """"church,parachute" -> the concepts."""
-    known = {row["concept"]: row for row in read_csv(PROMPTS / "concepts.csv", "concept")}
-    concepts = []
-    for name in filter(None, (name.strip().lower() for name in names.split(","))):
-        concepts.append(concept_of(dict(known[name])) if name in known else Concept(name))
-    if not concepts:
+    """"church,parachute" -> the concepts, each once."""
+    known = {}
+    for record in read_csv(CONCEPTS, "concept"):
+        name = folded(record.text("concept"))
+        if name in known:
+            raise ValueError(f"{record.where}: concept {name!r} has a line already")
+        known[name] = record
+    wanted = {folded(name): name.strip().lower() for name in names.split(",") if name.strip()}
+    if not wanted:
         raise ValueError(f"--concept {names!r}: names nothing")
-    return concepts
+    return [concept_of(known[key]) if key in known else Concept(name)
+            for key, name in wanted.items()]
 
 
-def concept_of(row):
-    """A row of prompts/concepts.csv; its further columns are settings, numbers."""
-    name, kind, synonyms = row.pop("concept"), row.pop("kind"), row.pop("synonyms").split("|")
-    judge = row.pop("judge") or Concept("").judge
-    settings = {key: float(value) if "." in value else int(value) for key, value in row.items()}
-    return Concept(name, kind, tuple(filter(None, synonyms)), judge, settings)
+def concept_of(record):
+    """A row of prompts/concepts.csv; its further columns are settings, a blank one the default."""
+    kind, judge = record.text("kind").lower() or "object", record.text("judge")
+    if kind not in PHRASINGS:
+        raise ValueError(f"{record.where}: kind {kind!r}: choose from {', '.join(PHRASINGS)}")
+    synonyms = filter(None, map(str.strip, record.text("synonyms").split("|")))
+    settings = {column: text.strip() for column, text in record.cells.items() if text.strip()
+                and column not in ("concept", "kind", "synonyms", "judge")}
+    return Concept(record.text("concept").lower(), kind, tuple(synonyms),
+                   judge or Concept("").judge, settings, record.where)
 
 
-def concept_settings(names, defaults):
+def concept_settings(names, Config):
     """What prompts/concepts.csv sets for these concepts: of several values the largest.
 
-    0 is the largest of all: as `layers` it means every layer. `defaults`: {setting: value}.
+    0 is the largest of all: as `layers` it means every layer.
     """
-    concepts = read_concepts(names)
-    keys = {key for concept in concepts for key in concept.settings if key in defaults}
-    values = {key: [c.settings.get(key, defaults[key]) for c in concepts] for key in keys}
+    concepts, numbers = read_concepts(names), numbers_of(Config)
+    keys = {key for concept in concepts for key in concept.settings}
+    if unknown := keys - numbers.keys() - SHIPPED:
+        near = difflib.get_close_matches(min(unknown), numbers, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{CONCEPTS}, line 1: {min(unknown)!r} is no setting that takes a number"
+                         f"{meant}")
+    values = {key: [value_of(concept, key, *numbers[key]) for concept in concepts]
+              for key in keys & numbers.keys()}
     return {key: max(listed, key=lambda value: value or math.inf) for key, listed in values.items()}
+
+
+def numbers_of(Config):
+    """{name: (its dataclass field, int or float)} of the flags that take a number."""
+    hints = get_type_hints(Config)
+    taken = {f: {hints[f.name], *get_args(hints[f.name])} for f in fields(Config) if f.metadata}
+    return {f.name: (f, float if float in kinds else int) for f, kinds in taken.items()
+            if kinds & {int, float}}
+
+
+def value_of(concept, key, field, kind):
+    """A setting of the concept: its row's, in the range of the flag, or else the default."""
+    if key not in concept.settings:
+        return field.default
+    value = read_number(concept.where, key, concept.settings[key], kind)
+    check_value(f"{concept.where}: {key}", value, field.metadata, refuse)
+    return value
+
+
+def refuse(message):
+    raise ValueError(message)
 
 
 # --- prompts of a run
 
-def evaluation_rows(concept, config):
-    """prompts/NAME.csv, or else the phrasings that are not erased in training (all, if all are)."""
+def evaluation_rows(concept, config, pick=None):
+    """prompts/NAME.csv, or else the phrasings that are not erased in training (all, if all are).
+
+    `pick` chooses among them, see `read_rows`; else the first `eval_prompts` count.
+    """
+    pick = pick or (lambda rows: [*islice(rows, config.eval_prompts)])
     path = PROMPTS / f"{slug(concept.name)}.csv"
     if path.is_file():
-        return read_rows(path, concept.name)[: config.eval_prompts]
+        return read_rows(path, concept.name, pick)
     phrasings = PHRASINGS[concept.kind]
     unseen = phrasings[config.phrasings :] or phrasings
-    return [Row(unseen[i % len(unseen)].format(concept.name), 5000 + i, 7.5, concept.name)
-            for i in range(config.eval_prompts)]
+    return pick(Row(unseen[i % len(unseen)].format(concept.name), 5000 + i, 7.5, concept.name)
+                for i in range(config.eval_prompts))
 
 
-def training_prompts(concepts, config):
-    """-> (prompts to erase, prompts to retain, retain prompts left out)."""
+def that_fit(sd, rows, k, what, n=None):
+    """-> (the first n rows, or all, whose prompts leave room for k more tokens; notes on others).
+
+    rows: prompts, or what has a prompt, looked at up to the n-th that fits. `what` they are, for
+    messages. ValueError where none fits.
+    """
+    kept, long, room = [], [], sd.context_length - k
+    for row in rows:
+        prompt = getattr(row, "prompt", row)
+        length = len(sd.tokenizer(prompt, verbose=False).input_ids)  # with start and end
+        if length > room:
+            long.append(f"{getattr(row, 'where', '')} {prompt[:60]!r} takes {length}".strip())
+        else:
+            kept.append(row)
+        if len(kept) == n:
+            break
+    if not long:
+        return kept, []
+    why = (f"more than {room} tokens ({sd.context_length} that the model reads, less a prefix of "
+           f"{k}); the first, {long[0]}")
+    if not kept:
+        raise ValueError(f"{what}: every prompt takes {why}")
+    count = f"{len(long)} of {len(long) + len(kept)} prompts"
+    return kept, [f"note: {what}: {count} are left out, since they take {why}"]
+
+
+def training_prompts(concepts, config, sd=None):
+    """-> (prompts to erase, prompts to retain, notes on retain prompts left out).
+
+    Those that do not fit the model are left out too, once there is one, sd.
+    """
     erase = [phrasing.format(concept.name) for concept in concepts
              for phrasing in PHRASINGS[concept.kind][: config.phrasings]]
     path = PROMPTS / f"retain_{config.retain_set}.csv"
-    rows = read_csv(path if path.is_file() else Path(config.retain_set))
-    retain, dropped = [row["prompt"] for row in rows], []
+    records = read_csv(path if path.is_file() else Path(config.retain_set))
+    retain, notes = [record.prompt for record in records], []
     if not config.retain_unfiltered:
         words = [word for concept in concepts for word in concept.words]
         retain, dropped = without_concept(retain, words)
+        if dropped:
+            notes = [f"not retained, since they name the concept: {', '.join(dropped)}"]
     if not retain:
         raise ValueError(f"--retain-set {config.retain_set}: every prompt names the concept")
-    return erase, retain, dropped
+    if sd:
+        retain, long = that_fit(sd, retain, 0, f"--retain-set {config.retain_set}")
+        notes += long
+    return erase, retain, notes
+
+
+# --- names in prompts
+
+# A letter or digit of the scripts that have capitals, which put blanks between their words.
+LETTER = r"[^\W\u0590-\u1dff\u2e80-\U0010ffff]"
+EDGE = f"(?:(?<!{LETTER})|(?!{LETTER}))"  # not between two of them
+PLURALS = {"y": "ies", "f": "ves", "ife": "ives", "man": "men", "child": "children",
+           "person": "people", "mouse": "mice", "goose": "geese", "foot": "feet", "tooth": "teeth"}
+
+
+def folded(text):
+    """A text such that what differs in capitals, in blanks or in how accents are coded is equal."""
+    composed = unicodedata.normalize("NFC", " ".join(text.split()))
+    return unicodedata.normalize("NFC", composed.casefold())
+
+
+def with_plurals(word):
+    """The word, folded, and what its plural may be: "wolf" -> wolf, wolfs, wolfes, wolves."""
+    word = folded(word)
+    irregular = [word.removesuffix(end) + plural for end, plural in PLURALS.items()
+                 if word.endswith(end)]
+    return [word, word + "s", word + "es", *irregular]
 
 
 def one_of(words):
-    """A pattern that finds any of the words as a whole word.
+    """A pattern that finds any of the words, or its plural, as a whole word in a folded text.
 
-    Capitals do not matter, nor the plural's s or es: "church" finds "Churches", not "churchill".
+    "church" is in "two churches", not in "churchill". Within a word is between two LETTERs, so
+    that C++ and 教堂 are found too, which \\b cannot bound.
     """
-    return re.compile(rf"\b({'|'.join(map(re.escape, words))})(s|es)?\b", re.IGNORECASE)
+    every = [re.escape(form) for word in words for form in with_plurals(word)]
+    return re.compile(f"{EDGE}(?:{'|'.join(every)}){EDGE}")
 
 
 def without_concept(prompts, words):
@@ -166,5 +277,6 @@ def without_concept(prompts, words):
     A retain set that holds the concept undoes erasing.
     """
     pattern = one_of(words)
-    kept = [prompt for prompt in prompts if not pattern.search(prompt)]
-    return kept, [prompt for prompt in prompts if pattern.search(prompt)]
+    named = [bool(pattern.search(folded(prompt))) for prompt in prompts]
+    return ([prompt for prompt, names in zip(prompts, named) if not names],
+            [prompt for prompt, names in zip(prompts, named) if names])

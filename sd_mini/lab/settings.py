@@ -144,8 +144,8 @@ class Method(NamedTuple):
     rows        (sd_o, config) -> {name: what the row changes in the config, or None for the
                 original model}: the rows of --task compare
     toy         what the method changes in its config on the toy
-    check       (sd_o, erase prompts, retain prompts, prompts to attack, config): raises ValueError,
-                before any work, for what would fail later
+    check       (sd_o, erase prompts, retain prompts, config): raises ValueError, before any work,
+                for what would fail later
     """
 
     config: type
@@ -276,7 +276,7 @@ def resolve(method, given):
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given |= {"model": model, "device": device, "precision": precision}
     defaults = {f.name: f.default for f in fields(method.config)}
-    concept = prompts.concept_settings(given.get("concept", defaults["concept"]), defaults)
+    concept = prompts.concept_settings(given.get("concept", defaults["concept"]), method.config)
     toy = {**TOY, **method.toy} if is_toy(model) else {}
     config = method.config(**{**concept, **toy, **given})
     attacks = (*method.attacks, *method.inversions)
