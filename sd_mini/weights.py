@@ -354,6 +354,24 @@ def save_pipeline(sd, folder):
     write_index(folder)
 
 
+def save_single_file(sd, path, dtype=torch.float32):
+    """Write one .safetensors in the original layout, as web interfaces open it.
+
+    For Stable Diffusion 1.x. The file holds no configs: who opens it takes those of v1, among them
+    a scaling factor of 0.18215.
+    """
+    if (sd.schedule.predicts_v or sd.unet.config["use_linear_projection"]
+            or sd.text_encoder.config["hidden_act"] != "quick_gelu"):
+        raise ValueError(f"{sd.folder}: made like Stable Diffusion 2.x; one file in the original layout is "
+                         "written for 1.x only; save_pipeline writes a folder")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = original.tensors({part: getattr(sd, part) for part in PARTS})
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
+               for name, tensor in found.items()}
+    write_atomically(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
+
+
 def write_index(folder):
     """model_index.json of a folder with all parts, and no safety checker."""
     scheduler = read_json(folder / "scheduler/scheduler_config.json")
