@@ -5,6 +5,7 @@ HOME = {  # public name -> the file that has it
     "StableDiffusion": "pipeline", "recompute_activations": "unet", "read_json": "files",
     "write_json": "files", "load": "weights", "load_part": "weights", "save_part": "weights",
     "load_text_encoder": "weights", "save_pipeline": "weights", "fingerprint": "weights",
+    "save_single_file": "weights",
 }
 __all__ = list(HOME)
 

@@ -10,8 +10,12 @@ def write_atomically(path, write):
     """Call write(temporary path), flush to the disk, rename: `path` is the old file or the new."""
     path = Path(path)
     temporary = path.with_name(path.name + ".part")
+    temporary.unlink(missing_ok=True)
+    temporary.touch()
+    mode = temporary.stat().st_mode  # what the umask says; safetensors gives its files 600
     try:
         write(temporary)
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
     except SafetensorError as error:  # safetensors says this when the disk is full

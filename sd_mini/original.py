@@ -1,6 +1,7 @@
-"""Translate tensor names of the original single-file layout (CompVis, 2022) to diffusers names.
+"""Tensor names of the original single-file layout (CompVis, 2022), for reading and for writing.
 
-Community fine-tunes are published in the original layout. The modules carry diffusers names.
+Community fine-tunes are published in it, and web interfaces open it. The modules carry diffusers
+names. One table of pairs (name here, original name) serves both directions.
 """
 import re
 
@@ -8,112 +9,115 @@ import re
 # average, the tables of the schedule, the loss networks of the VAE.
 IGNORED = re.compile(
     r"model_ema\.|first_stage_model\.loss\.|(alphas|betas|sqrt_|log_|posterior_|logvar|lvlb_)|"
-    r"cond_stage_model\.logit_scale$|.*\.position_ids$"
+    r"cond_stage_model\.logit_scale$|.*\.position_ids$|.*\.text_projection\.weight$"
 )
-RESNET = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-    "nin_shortcut": "conv_shortcut",
+TEXT = "cond_stage_model.transformer."
+ROOTS = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "text_encoder": TEXT + "text_model.",
 }
 UNET_ENDS = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.attentions.0": "middle_block.1",
 }
-VAE = {
-    "mid.block_1": "mid_block.resnets.0",
-    "mid.block_2": "mid_block.resnets.1",
-    "mid.attn_1": "mid_block.attentions.0",
-    "norm_out": "conv_norm_out",
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }
-ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
 
 
-def rename(name, configs):
-    """A tensor's original name -> (part, its name there), or None for a tensor to ignore.
+def inside(here, there, table):
+    """The pairs of the layers of one module."""
+    return ((f"{here}.{ours}", f"{there}.{theirs}") for ours, theirs in table.items())
 
-    configs: {"unet": ..., "vae": ...}, for the numbers of layers and levels.
-    Raises ValueError for a name of no known part.
+
+def unet_pairs(config):
+    """The original numbers all blocks in one row, and what a block holds: resnet 0, attention 1,
+    then the resampler. Here each level has its resnets, attentions and resampler.
     """
-    if IGNORED.match(name):
-        return None
-    for prefix, part, turn in (
-        ("model.diffusion_model.", "unet", unet_name),
-        ("first_stage_model.", "vae", vae_name),
-        ("cond_stage_model.transformer.", "text_encoder", lambda name, config: name),
-    ):
-        if name.startswith(prefix):
-            return part, turn(name.removeprefix(prefix), configs.get(part))
-    raise ValueError(f"tensor {name} does not belong to Stable Diffusion 1.x")
+    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
+    yield from UNET_ENDS.items()
+    for i in (0, 1):
+        yield from inside(f"mid_block.resnets.{i}", f"middle_block.{2 * i}", UNET_RESNET)
+    for level in range(levels):
+        down, up = f"down_blocks.{level}", f"up_blocks.{level}"
+        first = level * (layers + 1)  # the number of the level's first block; down, conv_in is 0
+        for i in range(layers):
+            block = f"input_blocks.{first + 1 + i}"
+            yield from inside(f"{down}.resnets.{i}", f"{block}.0", UNET_RESNET)
+            yield f"{down}.attentions.{i}", f"{block}.1"
+        yield f"{down}.downsamplers.0.conv", f"input_blocks.{first + 1 + layers}.0.op"
+        for i in range(layers + 1):
+            block = f"output_blocks.{first + i}"
+            yield from inside(f"{up}.resnets.{i}", f"{block}.0", UNET_RESNET)
+            yield f"{up}.attentions.{i}", f"{block}.1"
+        place = 2 if config["up_block_types"][level] == "CrossAttnUpBlock2D" else 1
+        yield f"{up}.upsamplers.0.conv", f"output_blocks.{first + layers}.{place}.conv"
 
 
-def replace_start(name, table):
-    """Replace the start of `name` by its entry in the table, if it has one."""
-    for old, new in table.items():
-        if name.startswith(old + "."):
-            return new + name[len(old):]
-    return name
+def vae_pairs(config):
+    """The original counts the decoder's levels from the picture. Here it is from the latents."""
+    layers, levels = config["layers_per_block"], len(config["block_out_channels"])
+    for half, way in (("encoder", "down"), ("decoder", "up")):
+        yield f"{half}.conv_norm_out", f"{half}.norm_out"
+        for i in (0, 1):
+            yield f"{half}.mid_block.resnets.{i}", f"{half}.mid.block_{i + 1}"
+        yield from inside(f"{half}.mid_block.attentions.0", f"{half}.mid.attn_1", VAE_ATTENTION)
+        for level in range(levels):
+            here = f"{half}.{way}_blocks.{level}"
+            there = f"{half}.{way}.{level if way == 'down' else levels - 1 - level}"
+            for i in range(layers + 1):
+                resnet, block = f"{here}.resnets.{i}", f"{there}.block.{i}"
+                yield resnet, block
+                yield f"{resnet}.conv_shortcut", f"{block}.nin_shortcut"
+            yield f"{here}.{way}samplers.0.conv", f"{there}.{way}sample.conv"
 
 
-def unet_name(name, config):
-    """A UNet tensor's original name -> its name here.
-
-    The original numbers all blocks in one row. Here each level has its resnets, attentions and
-    resampler.
-    """
-    layers = config["layers_per_block"]
-    found = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.+)", name)
-    if not found or name.startswith("input_blocks.0."):
-        start = replace_start(name, UNET_ENDS)
-        mid, _, rest = start.partition("mid_block.resnets.")
-        return f"mid_block.resnets.{rest[:2]}{replace_start(rest[2:], RESNET)}" if rest else mid
-    way, n, j, rest = found[1], int(found[2]), int(found[3]), found[4]
-    level, i = divmod(n - 1 if way == "input" else n, layers + 1)
-    side = "down_blocks" if way == "input" else "up_blocks"
-    if rest.startswith("op."):
-        return f"{side}.{level}.downsamplers.0.conv.{rest[3:]}"
-    if j and rest.startswith("conv."):
-        return f"{side}.{level}.upsamplers.0.{rest}"
-    return (
-        f"{side}.{level}.attentions.{i}.{rest}"
-        if j
-        else f"{side}.{level}.resnets.{i}.{replace_start(rest, RESNET)}"
-    )
+PAIRS = {"unet": unet_pairs, "vae": vae_pairs, "text_encoder": lambda config: ()}
 
 
-def vae_name(name, config):
-    """A VAE tensor's original name -> its name here.
+def names(part, network):
+    """{original name: name here} of all tensors of a network."""
+    table = dict(PAIRS[part](network.config))
 
-    The original counts the decoder's levels from the picture. Here they count from the latents.
-    """
-    half, _, rest = name.partition(".")
-    if half not in ("encoder", "decoder"):
+    def original(name):
+        """The name with the longest start that has a partner replaced by it."""
+        steps = name.split(".")
+        for n in reversed(range(len(steps))):
+            if (start := ".".join(steps[:n])) in table:
+                return ".".join([table[start], *steps[n:]])
         return name
-    rest, last = replace_start(rest, VAE), len(config["block_out_channels"]) - 1
-    if rest.startswith("mid_block.attentions.0."):
-        return (
-            f"{half}.mid_block.attentions.0."
-            f"{replace_start(rest[len('mid_block.attentions.0.'):], ATTENTION)}"
-        )
-    rest = re.sub(r"^down\.(\d+)\.block\.", r"down_blocks.\1.resnets.", rest)
-    rest = re.sub(r"^down\.(\d+)\.downsample\.", r"down_blocks.\1.downsamplers.0.", rest)
-    rest = re.sub(
-        r"^up\.(\d+)\.block\.",
-        lambda m: f"up_blocks.{last - int(m[1])}.resnets.",
-        rest,
-    )
-    rest = re.sub(
-        r"^up\.(\d+)\.upsample\.",
-        lambda m: f"up_blocks.{last - int(m[1])}.upsamplers.0.",
-        rest,
-    )
-    return f"{half}.{rest.replace('nin_shortcut', 'conv_shortcut')}"
+
+    return {ROOTS[part] + original(name): name for name in network.state_dict()}
+
+
+def current(name):
+    """An original name as later files have it: early ones leave out `text_model.`."""
+    return re.sub(rf"^({re.escape(TEXT)})(?!text_model\.)", r"\1text_model.", name)
+
+
+def tensors(networks):
+    """{part: network} -> {original name: tensor}. The VAE's attention is 1x1 convolutions there."""
+    found = {}
+    for part, network in networks.items():
+        state = network.state_dict()
+        for there, here in names(part, network).items():
+            is_matrix = ".attn_1." in there and state[here].dim() == 2
+            found[there] = state[here][:, :, None, None] if is_matrix else state[here]
+    return found

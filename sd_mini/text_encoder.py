@@ -3,6 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .configs import complete
+
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # SD 1.x
     "gelu": F.gelu,  # SD 2.x
@@ -19,7 +21,7 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = config = complete("text_encoder", config)
         width = config["hidden_size"]
         self.embeddings = nn.Module()
         self.embeddings.token_embedding = nn.Embedding(config["vocab_size"], width)
@@ -28,7 +30,7 @@ class TextEncoder(nn.Module):
         self.encoder.layers = nn.ModuleList(
             Layer(config) for _ in range(config["num_hidden_layers"])
         )
-        self.final_layer_norm = nn.LayerNorm(width, config.get("layer_norm_eps", 1e-5))
+        self.final_layer_norm = nn.LayerNorm(width, config["layer_norm_eps"])
 
     def forward(self, input_ids=None, embeddings=None):
         """(B, L) ids, or (B, L, D) token embeddings -> (B, L, D) after the final norm.
@@ -50,14 +52,14 @@ class Layer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width, eps = config["hidden_size"], config.get("layer_norm_eps", 1e-5)
+        width, eps = config["hidden_size"], config["layer_norm_eps"]
         self.self_attn = SelfAttention(width, config["num_attention_heads"])
         self.layer_norm1 = nn.LayerNorm(width, eps)
         self.mlp = nn.Module()
         self.mlp.fc1 = nn.Linear(width, config["intermediate_size"])
         self.mlp.fc2 = nn.Linear(config["intermediate_size"], width)
         self.layer_norm2 = nn.LayerNorm(width, eps)
-        self.activation = ACTIVATIONS[config.get("hidden_act", "quick_gelu")]
+        self.activation = ACTIVATIONS[config["hidden_act"]]
 
     def forward(self, h):
         h = h + self.self_attn(self.layer_norm1(h))

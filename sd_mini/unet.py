@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .blocks import Downsample, Level, ResnetBlock, Upsample
+from .configs import complete, heads_of
 
 
 def timestep_embedding(t, dim):
@@ -31,15 +32,11 @@ class UNet(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = config = complete("unet", config)
         widths, layers = config["block_out_channels"], config["layers_per_block"]
-        groups, eps = config.get("norm_num_groups", 32), config.get("norm_eps", 1e-5)
+        groups, eps = config["norm_num_groups"], config["norm_eps"]
         c_time, c_context = 4 * widths[0], config["cross_attention_dim"]
-        # Published configs call it attention_head_dim, but it is the number of heads:
-        # one number for all levels, or a list.
-        heads = config["attention_head_dim"]
-        heads = [heads] * len(widths) if isinstance(heads, int) else heads
-        linear = config.get("use_linear_projection", False)
+        heads, linear = heads_of(config), config["use_linear_projection"]
 
         def resnet(c_in, c_out):
             return ResnetBlock(c_in, c_out, groups, eps, c_time)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .blocks import Downsample, Level, ResnetBlock, Upsample
+from .configs import complete
 
 EPS = 1e-6
 
@@ -16,12 +17,12 @@ class VAE(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config = config = complete("vae", config)
         latent = config["latent_channels"]
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
         self.post_quant_conv = nn.Conv2d(latent, latent, 1)
-        self.scaling_factor = config.get("scaling_factor", 0.18215)
+        self.scaling_factor = config["scaling_factor"]
 
     def moments(self, image):
         """(B, 3, H, W) -> mean and log-variance of q(z | image), each (B, 4, h, w), unscaled."""
@@ -54,7 +55,7 @@ def through_middle(block, h):
 class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        widths, groups = config["block_out_channels"], config.get("norm_num_groups", 32)
+        widths, groups = config["block_out_channels"], config["norm_num_groups"]
         self.conv_in = nn.Conv2d(config["in_channels"], widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList()
         c = widths[0]
@@ -86,7 +87,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        widths, groups = config["block_out_channels"][::-1], config.get("norm_num_groups", 32)
+        widths, groups = config["block_out_channels"][::-1], config["norm_num_groups"]
         self.conv_in = nn.Conv2d(config["latent_channels"], widths[0], 3, padding=1)
         self.mid_block = middle(widths[0], groups)
         self.up_blocks = nn.ModuleList()

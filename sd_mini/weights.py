@@ -2,7 +2,6 @@
 import hashlib
 import re
 import shutil
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import original
+from .configs import corrected
 from .files import read_json, write_atomically, write_json
 from .pipeline import StableDiffusion
 from .schedule import Schedule
@@ -38,24 +38,68 @@ def load(model="toy", device="cpu", dtype=torch.float32, tokenizer=None):
     dtype       of UNet and VAE; the text encoder, small and mostly in training, is in float32
     tokenizer   a folder or hub id with tokenizer and configs for a single file (default: v1.4's)
 
-    ValueError, in one line that names file and tensor, for anything missing, extra or wrongly
-    shaped.
+    ValueError, in one line that names the file and the tensor or key, for anything missing, extra,
+    wrongly shaped, not computed here, or not fitting the rest. Configs are checked first.
     """
+    path = find(model)
+    folder = config_folder(path, tokenizer) if path.is_file() else path
+    if path.is_dir():
+        check_pipeline(folder)
+    places = {part: folder / part for part in PARTS}
+    places["unet"] = folder / TOY_UNETS.get(model, "unet")
+    networks = {part: build(part, places[part]) for part in PARTS}
+    schedule = read_config(Schedule, "scheduler", folder / "scheduler/scheduler_config.json")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    check_fit(networks, tokenizer, places)
+    if path.is_file():
+        fill_from_file(networks, path, device, dtype)
+    else:
+        for part, network in networks.items():
+            fill_from_folder(network, places[part], part, device, precision(part, dtype))
+    return StableDiffusion(tokenizer, schedule=schedule, folder=folder, **networks)
+
+
+def config_folder(path, tokenizer):
+    """Where tokenizer and configs of a single file come from."""
+    try:
+        return find_folder(tokenizer or V1, parts=())
+    except ValueError as error:
+        if tokenizer:
+            raise
+        raise ValueError(f"{path}: a single file holds no tokenizer and no configs; name a folder "
+                         f"or hub id that has them with --tokenizer (the default, {error})"
+                         ) from None
+
+
+def load_tokenizer(folder):
     from transformers import CLIPTokenizer  # here, since importing it takes seconds
 
-    path = find(model)
-    if path.is_file():
-        folder = find(tokenizer or V1, parts=())
-        parts = load_single_file(path, folder, device, dtype)
-    else:
-        folder, places = path, {"unet": TOY_UNETS.get(str(model), "unet")}
-        check_pipeline(folder)
-        parts = {part: load_part(folder / places.get(part, part), part, device,
-                                 precision(part, dtype)) for part in PARTS}
-    schedule = Schedule(read_json(folder / "scheduler/scheduler_config.json"))
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder / "tokenizer"),
-                                              clean_up_tokenization_spaces=False)
-    return StableDiffusion(tokenizer, schedule=schedule, folder=folder, **parts)
+    # Without these files transformers makes a tokenizer that knows no words.
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise ValueError(f"{folder}: no tokenizer there: neither vocab.json nor tokenizer.json")
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), clean_up_tokenization_spaces=False)
+    except Exception as error:  # a broken file is a bare Exception of the library below
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{folder}: not a whole CLIP tokenizer ({reason})") from None
+
+
+def check_fit(networks, tokenizer, places):
+    """Parts of different models, put together, would fail in the middle of a run."""
+    text, unet, vae = (networks[part].config for part in ("text_encoder", "unet", "vae"))
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    if tokens > text["vocab_size"]:
+        raise ValueError(f"{places['text_encoder']}/config.json: vocab_size {text['vocab_size']}: "
+                         f"the tokenizer beside it has {tokens} tokens; resize the text encoder, "
+                         "or take the tokenizer that it was trained with")
+    for key, other, wanted in (
+        ("cross_attention_dim", "the text encoder's hidden_size", text["hidden_size"]),
+        ("in_channels", "the VAE's latent_channels", vae["latent_channels"]),
+        ("out_channels", "the VAE's latent_channels", vae["latent_channels"]),
+    ):
+        if unet[key] != wanted:
+            raise ValueError(f"{places['unet']}/config.json: {key} {unet[key]}: {other} is "
+                             f"{wanted}, so these are parts of different models")
 
 
 def precision(part, dtype):
@@ -68,39 +112,40 @@ def load_text_encoder(source, device="cpu"):
 
     A revision follows an @, a sub-folder a colon: "OPTML-Group/AdvUnlearn:church_unlearned".
     """
-    folder = find(source, parts=("text_encoder",))
+    folder = find_folder(source, parts=("text_encoder",))
     inner = folder / "text_encoder"
     return load_part(inner if inner.is_dir() else folder, "text_encoder", device)
 
 
 def load_part(folder, part, device="cpu", dtype=torch.float32):
     """One network from its folder, frozen: every tensor in its place and none besides."""
-    cls, stem, _ = PARTS[part]
-    folder = Path(folder)
-    network = build(cls, read_json(folder / "config.json"), folder / "config.json")
-    tensors = read_tensors(weight_files(folder, stem), device, dtype, DIFFUSERS_NAMES.get(part))
-    fill(network, tensors, folder / f"{stem}.safetensors")
+    network = build(part, Path(folder))
+    fill_from_folder(network, Path(folder), part, device, dtype)
     return network
 
 
-def build(cls, config, path):
+def build(part, folder):
     """The network on the `meta` device: no memory, no random numbers."""
+    with torch.device("meta"):
+        return read_config(PARTS[part][0], part, folder / "config.json")
+
+
+def read_config(cls, part, path):
+    config = read_json(path)
     try:
-        with torch.device("meta"):
-            return cls(config)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the config of a {cls.__name__}: {error} is missing or "
-                         "unknown") from None
+        return cls(corrected(part, config))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 # --- where the files are
 
 def find(source, parts=tuple(PARTS)):
     """Source -> a folder or file on this disk; a hub id's files are downloaded where need be."""
-    if str(source) in TOY_UNETS:
+    if source in TOY_UNETS:
         return TOY
     path = Path(source)
-    if path.suffix in PICKLES:
+    if path.suffix in PICKLES and not path.is_dir():
         raise ValueError(f"{path}: a pickle, which can run code when it is opened; ask for, or "
                          "convert to, safetensors")
     if path.exists():
@@ -110,6 +155,13 @@ def find(source, parts=tuple(PARTS)):
         raise ValueError(f"{source}: no such folder or file; give toy, toy-dusk, a folder, a "
                          f".safetensors file, or a hub id like {V1}")
     return download(*hub.groups(), parts)
+
+
+def find_folder(source, parts):
+    path = find(source, parts)
+    if path.is_file():
+        raise ValueError(f"{path}: a file, where a folder with the configs is wanted, or a hub id")
+    return path
 
 
 def download(hub_id, revision, subfolder, parts):
@@ -152,7 +204,8 @@ def weight_files(folder, stem):
         if "safetensors" in index.name:
             shards = set(read_json(index)["weight_map"].values())
             return [folder / Path(name).name for name in sorted(shards)]
-    if pickles := [path.name for path in sorted(folder.glob("*")) if path.suffix in PICKLES]:
+    if pickles := [path.name for path in sorted(folder.glob("*"))
+                  if path.suffix in PICKLES and path.is_file()]:
         raise ValueError(f"{folder}: holds {pickles[0]} alone, a pickle, which can run code when "
                          "it is opened; convert it with diffusers or transformers: "
                          "from_pretrained(...), then save_pretrained(...)")
@@ -164,7 +217,8 @@ def check_pipeline(folder):
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder}: no model_index.json there, so not a folder in the diffusers "
                          "layout")
-    kind = read_json(folder / "model_index.json").get("_class_name")
+    index = read_json(folder / "model_index.json")
+    kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind != "StableDiffusionPipeline":
         raise ValueError(f"{folder}: a {kind}; only Stable Diffusion 1.x and 2.x "
                          "(StableDiffusionPipeline) can be opened")
@@ -199,9 +253,13 @@ def tensor_names(path):
 
 
 def text_encoder_name(name):
-    """With and without `text_model.`. The table 0, 1, 2, ... of old files is dropped."""
+    """With and without `text_model.`.
+
+    Left out are the table 0, 1, 2, ... of old files, and CLIP's projection, which CLIPTextModel,
+    the text encoder of Stable Diffusion, does not have.
+    """
     name = name.removeprefix("text_model.")
-    return None if name == "embeddings.position_ids" else name
+    return None if name in ("embeddings.position_ids", "text_projection.weight") else name
 
 
 def vae_name(name):
@@ -234,30 +292,30 @@ def fill(network, tensors, source):
     network.requires_grad_(False).eval()
 
 
-def load_single_file(path, folder, device, dtype):
-    """A checkpoint in the original layout; the configs come from `folder`."""
-    configs = {part: read_json(folder / part / "config.json") for part in PARTS}
+def fill_from_folder(network, folder, part, device, dtype):
+    stem = PARTS[part][1]
+    tensors = read_tensors(weight_files(folder, stem), device, dtype, DIFFUSERS_NAMES.get(part))
+    fill(network, tensors, folder / f"{stem}.safetensors")
+
+
+def fill_from_file(networks, path, device, dtype):
+    """From a checkpoint in the original layout."""
+    there = tensor_names(path)
     for start, what in (("conditioner.", "an SDXL checkpoint"),
                         ("cond_stage_model.model.", "a Stable Diffusion 2.x single file; take the "
                          "diffusers folder of it")):
-        if any(name.startswith(start) for name in tensor_names(path)):
+        if any(name.startswith(start) for name in there):
             raise ValueError(f"{path}: {what}; single files are opened for Stable Diffusion 1.x "
                              "only")
-
-    def rename(part, name):
-        try:
-            renamed = original.rename(name, configs)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-        if renamed and renamed[0] == part:
-            return DIFFUSERS_NAMES.get(part, str)(renamed[1])
-
-    parts = {}
-    for part in PARTS:
-        parts[part] = build(PARTS[part][0], configs[part], folder / part / "config.json")
-        dtype_here = precision(part, dtype)
-        fill(parts[part], read_tensors([path], device, dtype_here, partial(rename, part)), path)
-    return parts
+    names = {part: original.names(part, network) for part, network in networks.items()}
+    known = set().union(*names.values())
+    if extra := [name for name in there
+                 if original.current(name) not in known and not original.IGNORED.match(name)]:
+        raise ValueError(f"{path}: tensor {min(extra)} does not belong there ({len(extra)} such)")
+    for part, network in networks.items():
+        tensors = read_tensors([path], device, precision(part, dtype),
+                               lambda name: names[part].get(original.current(name)))
+        fill(network, tensors, path)
 
 
 # --- writing
@@ -294,6 +352,24 @@ def save_pipeline(sd, folder):
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(sd.folder / part, folder / part, dirs_exist_ok=True)
     write_index(folder)
+
+
+def save_single_file(sd, path, dtype=torch.float32):
+    """Write one .safetensors in the original layout, as web interfaces open it.
+
+    For Stable Diffusion 1.x. The file holds no configs: who opens it takes those of v1, among them
+    a scaling factor of 0.18215.
+    """
+    if (sd.schedule.predicts_v or sd.unet.config["use_linear_projection"]
+            or sd.text_encoder.config["hidden_act"] != "quick_gelu"):
+        raise ValueError(f"{sd.folder}: made like Stable Diffusion 2.x; one file in the original layout is "
+                         "written for 1.x only; save_pipeline writes a folder")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = original.tensors({part: getattr(sd, part) for part in PARTS})
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
+               for name, tensor in found.items()}
+    write_atomically(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
 
 
 def write_index(folder):

@@ -316,7 +316,7 @@ BAD = [  # arguments -> what the line says
     ("--model some/misspelt-model --out {new}", "some/misspelt-model: no such folder here"),
     ("--task evaluate --text-encoder {wide} --out {new}", "its width is 32"),
     ("--task evaluate --text-encoder {plain} --out {new}",
-     "plain/config.json: not the config of a TextEncoder"),
+     'plain/config.json: model_type "gpt2": must be "clip_text_model"'),
     ("--task evaluate --text-encoder {empty} --out {new}", "empty/config.json: no such file"),
     ("--model some/model@main --out {new}", "some/model: no such folder here"),
     ("--task sample --prompts church --out {file}", "file is not a folder that can be written to"),
