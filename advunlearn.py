@@ -28,8 +28,7 @@ Notation
     eps_c           eps_o(x_t | c); likewise eps_empty and eps_r
     delta           the prefix as embeddings (k, D), a row a token
     E, p            the table of token embeddings (V, D); the prefix as k distributions over tokens
-    eta             how far ESD pushes away from the concept
-    gamma           the weight of the retain loss
+    eta, gamma      how far ESD pushes away from the concept; the weight of the retain loss
     N, L, D         rows of a batch, tokens of a context, width of an embedding
     k, V            tokens of a prefix, tokens of the vocabulary
     || . ||^2       the mean over coordinates, in all losses, so that sizes can be compared
@@ -50,26 +49,27 @@ from sd_mini.lab import Method, Settings, answer_help, main, setting
 # setting(default, help, choices) is a field that is a flag too: `--erase-batch` for `erase_batch`.
 attack_setting, retain_setting = partial(setting, group="attack"), partial(setting, group="retain")
 KINDS = ("embedding", "token", "fast", "none")
-TRAINED = ("text_encoder", "unet", "cross_attention")
+TRAINED = ("text_encoder", "unet", "cross_attention", "no_cross_attention")
 
 
 @dataclass
 class Config(Settings):
     """The method's own settings. Defaults are the paper's for objects and styles.
 
-    For nudity the paper has layers 0 and gamma 0.3. Any method has the `Settings`; used here are
-    seed, task, save_every, token_lr (Adam's, for p), eval_batch, eval_prefix (k), eval_attack_steps
-    and eval_looks.
+    Any method has the `Settings`; used here are seed, task, save_every, token_lr (Adam's, for p),
+    eval_batch, eval_prefix (k), eval_attack_steps and eval_looks.
     """
 
     train: str = setting("text_encoder", "what is trained; the paper prefers the first", TRAINED)
-    layers: int = setting(1, "train the text encoder's first layers; 0: all, embeddings too", low=0)
+    layers: int = setting(1, "the first layers; 0: all, and the final norm (nudity)", low=0)
+    train_embeddings: bool = setting(False, "train the embeddings too, as the paper never does")
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
     lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
     eta: float = setting(1.0, "eta, ESD's strength", low=0)
     erase_batch: int = setting(1, "latents x_t in the erase loss", low=1)
     plain_share: float = 0.0  # share of the iterations after warm-up without attack
+    esd: tuple = (1000, 1e-5)  # iterations and learning rate of ESD in the comparison
 
     attack: str = attack_setting("embedding", "free embeddings, tokens, or one fast step", KINDS)
     attack_steps: int = attack_setting(30, "steps of the attack", low=1)
@@ -77,19 +77,19 @@ class Config(Settings):
     attack_radius: float | None = attack_setting(None, "largest move of a coordinate", low=1e-10)
     prefix: int = attack_setting(1, "k, tokens of the prefix in training", low=1)
 
-    retain_weight: float = retain_setting(0.5, "gamma", low=0)
+    retain_weight: float = retain_setting(0.5, "gamma (0.3 for nudity)", low=0)
     retain_batch: int = retain_setting(5, "retain prompts of an iteration", low=1)
 
     trajectories: int = setting(32, "sampling runs in each bank, at least one a prompt", low=1)
     trajectory_steps: int = setting(50, "DDIM steps of each run", low=1, high=500)
     fresh_trajectories: bool = setting(False, "sample anew for every x_t, as published")
 
-    eval_attacks: tuple[str, ...] = setting(("token", "embedding"), "attacks in evaluation",
-                                            ("token", "embedding", "inversion"), group="evaluation")
+    eval_attacks: tuple[str, ...] = setting(
+        ("token", "random", "embedding"), "attacks in evaluation",
+        ("token", "random", "longer", "embedding", "inversion"), group="evaluation")
 
     def check(self, given):
-        """ValueError where settings do not go together. `given`: the flags on the command line."""
-        super().check(given)
+        super().check(given)  # `given`: the flags on the command line
         if self.steps <= self.warmup and self.attack != "none":
             raise ValueError(f"--steps {self.steps}: must be more than --warmup, {self.warmup}")
         if self.attack == "token" and {"attack_lr", "attack_radius"} & given.keys():
@@ -99,13 +99,13 @@ class Config(Settings):
 
 
 # The toy departs from the paper, since its text encoder is tiny and knows few words. Erasing
-# "church" there does not reach "a sketch of a church": so all of the encoder is trained, with a
-# larger eta and gamma, on three phrasings (these, and the evaluation's settings, are in
+# "church" there does not reach "a sketch of a church": so all of the encoder is trained, embeddings
+# too, with a larger eta and gamma, on three phrasings (these, and the evaluation's settings, are in
 # sd_mini/lab/settings.py). Steps without attack keep the bare prompt erased. The attack may move
 # delta by 0.08, 3.5 times the embeddings' standard deviation. Found on church and parachute.
-TOY = dict(layers=0, steps=300, warmup=30, lr=4e-4, eta=2.0, erase_batch=8, plain_share=0.1,
-           retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04, prefix=5,
-           trajectories=48, trajectory_steps=20)
+TOY = dict(layers=0, train_embeddings=True, steps=300, warmup=30, lr=4e-4, eta=2.0, erase_batch=8,
+           plain_share=0.1, retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04,
+           prefix=5, trajectories=48, trajectory_steps=20)
 
 if __name__ == "__main__":
     answer_help(Config)  # now, since importing torch takes seconds
@@ -163,9 +163,6 @@ class Latents(NamedTuple):
     eps_c: torch.Tensor  # (N, 4, h, w), eps_o(x_t | c)
     eps_empty: torch.Tensor  # (N, 4, h, w), eps_o(x_t | empty)
 
-    def to(self, device):
-        return Latents(*(column.to(device) for column in self))
-
 
 def join(parts):
     return Latents(*map(torch.cat, zip(*parts)))
@@ -191,7 +188,8 @@ def trajectory_bank(sd_o, prompts, config):
 
     The prompts take turns, each at least once. The published code samples again, 1 to 50 guided
     steps, at each step of the attack and of the loop. But x_t and eps_o come from the frozen model:
-    here they are sampled once, and a step costs no sampling.
+    here they are sampled once, and a step costs no sampling. Here t is the step of x_t, too. The
+    published chain tells the UNet a t that is 39 to 58 noise levels above those of its latents.
     """
     runs = torch.arange(max(config.trajectories, len(prompts)))
     prompt_of = runs % len(prompts)
@@ -201,19 +199,19 @@ def trajectory_bank(sd_o, prompts, config):
         seeds = [first_seed + int(row) for row in rows]
         texts = [prompts[i] for i in prompt_of[rows]]
         z = sample_latents(sd_o, texts, seeds, config.trajectory_steps)
-        return z._replace(prompt=prompt_of[rows][z.prompt]).to("cpu")
+        z = z._replace(prompt=prompt_of[rows][z.prompt])
+        return [column.cpu() for column in z]  # at full size 80 retain prompts make 0.8 GB
 
-    # At full size the 80 runs of the default retain set are 0.8 GB, hence on the CPU.
     bank = join(share(sample, runs.split(config.eval_batch), "sampling the bank"))
 
     def draw(n, generator):
         rows = torch.randint(len(bank.t), (n,), generator=generator)
-        return Latents(*(column[rows] for column in bank)).to(sd_o.device)
+        return Latents(*(column[rows].to(sd_o.device) for column in bank))
     return draw
 
 
 def sample_afresh(sd_o, prompts, config):
-    """For comparison: a draw is n sampling runs up to a random step, as in the published code."""
+    """For comparison, the published schedule with t of x_t: n sampling runs up to a random step."""
     def draw(n, generator):
         prompt = torch.randint(len(prompts), (n,), generator=generator)
         stop = int(torch.randint(config.trajectory_steps, (), generator=generator))
@@ -227,7 +225,7 @@ def sample_afresh(sd_o, prompts, config):
 # -------------------------------------------------------------------------------------- attack
 
 class Attack(NamedTuple):
-    kind: str  # embedding, fast or token
+    kind: str  # embedding, fast, token or random
     steps: int
     lr: float
     k: int  # tokens of the prefix
@@ -302,8 +300,7 @@ def embedding_attack(table, start, loss_of, attack):
             else:
                 adam.step()
             if attack.radius is not None:
-                move = (delta - delta_0).clamp(-attack.radius, attack.radius)
-                delta.copy_(delta_0 + move)
+                delta.copy_(delta_0 + (delta - delta_0).clamp(-attack.radius, attack.radius))
         yield delta.detach().clone(), losses.detach()
 
 
@@ -322,8 +319,7 @@ def project_simplex(v):
 @lru_cache(maxsize=4)
 def legal_tokens(tokenizer):
     """Ids (V',) of the tokens that, decoded and tokenised again, are themselves, and printable."""
-    special = set(tokenizer.all_special_ids)
-    ids = [i for i in range(len(tokenizer)) if i not in special]
+    ids = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
     texts = tokenizer.batch_decode([[i] for i in ids])
     again = tokenizer(texts).input_ids
     return torch.tensor([i for i, text, row in zip(ids, texts, again)
@@ -366,7 +362,11 @@ def random_tokens(sd, shape, generator):
 def run_attack(sd, attack, n, loss_of, generator):
     """Attack with n prefixes at once: yields (delta (n, k, D), ids (n, k) or None, losses)."""
     table = sd.text_encoder.embeddings.token_embedding.weight
-    if attack.kind == "token":
+    if attack.kind == "random":  # the control of the token attack: trying, without searching
+        for _ in range(attack.steps):
+            ids = random_tokens(sd, (n, attack.k), generator)
+            yield table[ids], ids, None
+    elif attack.kind == "token":
         legal = legal_tokens(sd.tokenizer)
         for ids, losses in token_attack(table, legal, n, loss_of, attack, generator):
             yield table[ids].detach(), ids, losses
@@ -385,26 +385,22 @@ def retain_loss(sd, x_t, t, context, eps_r):
 
 # ---------------------------------------------------------------------------------- outer loop
 
-def copy_to_train(sd_o, config):
-    """The model in training: a copy of the part that is trained, the original's other parts."""
-    part = "text_encoder" if config.train == "text_encoder" else "unet"
-    return replace(sd_o, **{part: copy.deepcopy(getattr(sd_o, part)).float()})
-
-
 def parameters_to_train(sd, config):
-    """theta: the UNet, its cross-attention, the text encoder, or the first of its layers.
+    """theta: the UNet, its cross-attention, all but that, the text encoder or its first layers.
 
     Layers go by index. The published code matches names, so that layer 1 brings 10 and 11 along.
+    Its whole text encoder is all layers and the final norm, never the embeddings.
     """
-    if config.train == "unet":
-        return list(sd.unet.parameters())
-    if config.train == "cross_attention":  # ESD-x of Gandikota et al.; its published name is attn2
-        return [p for name, p in sd.unet.named_parameters() if ".attn2." in name]
-    layers = sd.text_encoder.encoder.layers
+    if config.train != "text_encoder":  # cross-attention's published name is attn2
+        wanted = {"unet": (True, False), "cross_attention": (True,), "no_cross_attention": (False,)}
+        return [p for name, p in sd.unet.named_parameters()
+                if (".attn2." in name) in wanted[config.train]]
+    encoder, layers = sd.text_encoder, sd.text_encoder.encoder.layers
     if config.layers > len(layers):
         raise ValueError(f"--layers {config.layers}: this text encoder has {len(layers)}")
-    chosen = layers[: config.layers] if config.layers else sd.text_encoder
-    return list(chosen.parameters())
+    parts = [layers[: config.layers]] if config.layers else [layers, encoder.final_layer_norm]
+    parts += [encoder.embeddings] if config.train_embeddings else []
+    return [p for part in parts for p in part.parameters()]
 
 
 def adversarial_prefix(sd, ids, draw, config, generator):
@@ -433,7 +429,8 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
     training without retain loss. `folder` keeps the state of a stopped run, which goes on from
     there. The same seed gives the same bytes: it seeds the banks, and one generator for the rest.
     """
-    sd = copy_to_train(sd_o, config)
+    part = "text_encoder" if config.train == "text_encoder" else "unet"
+    sd = replace(sd_o, **{part: copy.deepcopy(getattr(sd_o, part)).float()})
     ids = tokenize_with_room(sd, erase_prompts, config.prefix)
     retain_ids = tokenize_with_room(sd, retain_prompts, 0)
     source = sample_afresh if config.fresh_trajectories else trajectory_bank
@@ -471,7 +468,6 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
             (l_erase + config.retain_weight * l_retain).backward()
             optimizer.step()
             history.append(dict(erase=l_erase.item(), attack=l_attack, retain=l_retain.item()))
-    optimizer.zero_grad()
     for parameter in theta:
         parameter.requires_grad_(False)
     return sd, history
@@ -482,25 +478,19 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
 EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
 
 
-def random_noising(sd, x_0, generator):
-    """A time step and noise for each of the latents x_0, the same on every device."""
-    t = torch.randint(sd.schedule.config["num_train_timesteps"], (len(x_0),), generator=generator)
-    return t, torch.randn(x_0.shape, generator=generator).to(x_0)
-
-
-def prefix_attack(sd, prompts, pictures, look, config, kind):
+def prefix_attack(sd, prompts, pictures, look, config, kind, longer=0):
     """UnlearnDiffAtk: in front of each prompt, find the prefix that draws its target picture.
 
         argmin over delta of  E || eps - eps_theta(x_t | [delta, c]) ||^2
 
-    pictures (N, 3, H, W) in [0, 1]: the targets, what the original model drew. `kind`: token, or
-    embedding, whose prefixes no user can type. `eval_looks` times, look(step, left, context, texts)
-    draws the prompts that are left and says of each whether it shows the concept. Those that do are
-    done. A token attack counts by its text alone: its tokens are decoded and tokenised again with
-    the prompt.
+    pictures (N, 3, H, W) in [0, 1]: the targets, what the original model drew. `kind`: token;
+    embedding, whose prefixes no user can type; random, the control. `eval_looks` times,
+    look(step, left, context, texts) draws the prompts that are left and says of each whether it
+    shows the concept. Those that do are done. Tokens count by their text alone: they are decoded
+    and tokenised again with the prompt. k is `eval_prefix` + `longer`.
     """
     lr = config.token_lr if kind == "token" else EMBEDDING_LR
-    attack = Attack(kind, config.eval_attack_steps, lr, config.eval_prefix)
+    attack = Attack(kind, config.eval_attack_steps, lr, config.eval_prefix + longer)
     generator = torch.Generator().manual_seed(config.seed)
     ids = tokenize_with_room(sd, prompts, attack.k)
     x_0 = sd.vae.encode(2 * pictures - 1)
@@ -508,7 +498,8 @@ def prefix_attack(sd, prompts, pictures, look, config, kind):
 
     def loss_of(delta):
         # Drawn for all prompts: one that is done does not change the noise of the others.
-        t, noise = random_noising(sd, x_0, generator)
+        t = torch.randint(len(sd.schedule.alpha_bar), (len(x_0),), generator=generator)
+        noise = torch.randn(x_0.shape, generator=generator).to(x_0)
         context = encode_with_prefix(sd, ids[left], delta[left])
         return ddpm_loss(sd, x_0[left], t[left], noise[left], context)
 
@@ -517,7 +508,7 @@ def prefix_attack(sd, prompts, pictures, look, config, kind):
     for step, (delta, tokens, _) in enumerate(run, 1):
         if step not in looks:
             continue
-        if kind == "token":
+        if tokens is not None:
             prefixes = sd.tokenizer.batch_decode(tokens[left])
             texts = [f"{prefix} {prompts[i]}" for i, prefix in zip(left, prefixes)]
             context = sd.encode_prompt(texts)
@@ -549,7 +540,8 @@ def inversion_attack(sd, prompts, pictures, config):
     def loss_of(v):
         n = min(len(prompts), config.eval_batch)
         i = torch.randint(len(prompts), (n,), generator=generator)
-        t, noise = random_noising(sd, x_0[i], generator)
+        t = torch.randint(len(sd.schedule.alpha_bar), (n,), generator=generator)
+        noise = torch.randn(x_0[i].shape, generator=generator).to(x_0)
         return ddpm_loss(sd, x_0[i], t, noise, encode(ids[i], v)).mean(0, keepdim=True)
 
     start = random_tokens(sd, (1, 1), generator)
@@ -568,25 +560,30 @@ def check_prompts(sd_o, erase_prompts, retain_prompts, config):
     tokenize_with_room(sd_o, erase_prompts, config.prefix)
 
 
-def comparison_rows(sd_o, config):
+def comparison_rows(sd_o, concepts, config):
     """The paper's tables, and some more: {row: what it changes in the config}."""
+    other = dict(retain_weight=0.0,  # a prefix longer than trained is for AdvUnlearn's rows alone
+                 eval_attacks=tuple(kind for kind in config.eval_attacks if kind != "longer"))
+    esd = dict(other, attack="none", steps=config.esd[0], lr=config.esd[1])
+    published = "cross_attention" if concepts[0].kind == "style" else "no_cross_attention"
     rows = {
         "original": None,
-        "ESD": dict(attack="none", retain_weight=0.0, train="cross_attention"),  # ESD-x
-        "ESD, text encoder": dict(attack="none", retain_weight=0.0),
-        "naive AT": dict(retain_weight=0.0),
+        "ESD": dict(esd, train=published),  # ESD-x for styles, ESD-u for objects
+        "ESD, text encoder": dict(esd, lr=config.lr, steps=config.steps),
+        "naive AT": other,
         "AdvUnlearn": {},
         "AdvUnlearn, UNet": dict(train="unet"),
         "AdvUnlearn, fast AT": dict(attack="fast"),
         "AdvUnlearn, token attack": dict(attack="token"),
     }
     for n in range(len(sd_o.text_encoder.encoder.layers) + 1):
-        if n != config.layers:
-            name = f"{n} layers" if n > 1 else "1 layer" if n else "whole encoder"
-            rows[f"AdvUnlearn, {name}"] = dict(layers=n)
-    other = {"coco": "imagenet", "toy": "photos"}.get(config.retain_set, "coco")
+        changes = dict(layers=n, train_embeddings=False)
+        if changes != {key: getattr(config, key) for key in changes}:
+            name = f"{n} layers" if n > 1 else "1 layer" if n else "all layers"
+            rows[f"AdvUnlearn, {name}"] = changes
+    retain_set = {"coco": "imagenet", "toy": "photos"}.get(config.retain_set, "coco")
     rows["AdvUnlearn, retain unfiltered"] = dict(retain_unfiltered=True)
-    rows["AdvUnlearn, other retain set"] = dict(retain_set=other)
+    rows["AdvUnlearn, other retain set"] = dict(retain_set=retain_set)
     return rows
 
 
@@ -594,6 +591,8 @@ METHOD = Method(
     config=Config, train=advunlearn, toy=TOY, check=check_prompts, rows=comparison_rows,
     inversions={"inversion": inversion_attack},
     attacks={"token": partial(prefix_attack, kind="token"),
+             "random": partial(prefix_attack, kind="random"),
+             "longer": partial(prefix_attack, kind="token", longer=3),
              "embedding": partial(prefix_attack, kind="embedding")})
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ class TextEncoder(nn.Module):
         self.config = config = complete("text_encoder", config)
         width = config["hidden_size"]
         self.embeddings = nn.Module()
-        self.embeddings.token_embedding = nn.Embedding(config["vocab_size"], width)
-        self.embeddings.position_embedding = nn.Embedding(config["max_position_embeddings"], width)
+        self.embeddings.token_embedding = embedding(config["vocab_size"], width)
+        self.embeddings.position_embedding = embedding(config["max_position_embeddings"], width)
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(
             Layer(config) for _ in range(config["num_hidden_layers"])
@@ -45,6 +45,14 @@ class TextEncoder(nn.Module):
         for layer in self.encoder.layers:
             h = layer(h)
         return self.final_layer_norm(h)
+
+
+def embedding(n, width):
+    """A table of zeros, to be read or drawn.
+
+    Normal numbers on the meta device would make torch import its compiler, which takes seconds.
+    """
+    return nn.Embedding.from_pretrained(torch.zeros(n, width), freeze=False)
 
 
 class Layer(nn.Module):

@@ -165,8 +165,8 @@ def test_broken_rows_are_attacked_no_more(sd, kind):
                                                   au.METHOD.attacks[kind], config)
     assert [r["broken"] for r in records] == [True, True, False]
     assert [r["step"] for r in records] == [2, 2, 4] and len(pictures) == 3
-    steps, looks = 3 * (2 * 3 + 2 * 1), 2 * (3 + 1)  # forward and backward; guided
-    assert work.evaluations == steps + looks
+    steps, looks = (1 + experiment.BACKWARD) * (2 * 3 + 2 * 1), 2 * (3 + 1)  # guided
+    assert work.evaluations == pytest.approx(steps + looks)
 
 
 # --- scores
@@ -311,10 +311,23 @@ def test_two_processes_take_turns_at_the_methods(tmp_path):
 
 
 def test_rows_of_the_comparison(sd):
-    rows = au.comparison_rows(sd, SMALL)
+    rows = au.comparison_rows(sd, read_concepts("church"), SMALL)
     assert list(rows)[:5] == ["original", "ESD", "ESD, text encoder", "naive AT", "AdvUnlearn"]
-    layers = [rows[name]["layers"] for name in rows if "layer" in name or "whole" in name]
-    assert layers == [1, 2, 3, 4]  # 0, all of it, is AdvUnlearn itself
+    assert [row["layers"] for name, row in rows.items() if "layer" in name] == [0, 1, 2, 3, 4]
+    assert not any(row["train_embeddings"] for name, row in rows.items() if "layer" in name)
+    paper = au.comparison_rows(sd, read_concepts("church"), au.Config())  # trains one layer
+    assert [row["layers"] for name, row in paper.items() if "layer" in name] == [0, 2, 3, 4]
+
+
+@pytest.mark.parametrize("concept, train", [
+    ("church", "no_cross_attention"), ("van gogh", "cross_attention")])
+def test_esd_is_the_published_one_for_each_kind(sd, concept, train):
+    """ESD-u for objects, ESD-x for styles, at learning rate and iterations of their own."""
+    config = replace(SMALL, esd=(7, 0.5), eval_attacks=("token", "longer"))
+    rows = au.comparison_rows(sd, read_concepts(concept), config)
+    assert rows["ESD"] == dict(attack="none", retain_weight=0.0, train=train, steps=7, lr=0.5,
+                               eval_attacks=("token",))
+    assert "eval_attacks" not in rows["AdvUnlearn"]  # so that the longer prefix is tried on it
 
 
 def details(*broken, attack="token"):

@@ -62,11 +62,15 @@ def test_whole_text_encoder_is_trained_and_nothing_else(sd):
     assert not any(p.requires_grad for p in erased.text_encoder.parameters())
 
 
-def test_first_layer_only(sd):
-    erased, _ = erase(sd, layers=1)
-    names = changed(sd.text_encoder, erased.text_encoder)
-    assert names == {name for name in sd.text_encoder.state_dict()
-                     if name.startswith("encoder.layers.0.")}
+@pytest.mark.parametrize("changes, trained", [
+    (dict(layers=0), ("encoder.layers.", "final_layer_norm.")),  # the published "whole"
+    (dict(layers=1), ("encoder.layers.0.",)),
+    (dict(layers=2, train_embeddings=True), ("embeddings.", "encoder.layers.0.", "encoder.layers.1.")),
+])
+def test_layers_and_embeddings_are_trained_as_asked(sd, changes, trained):
+    erased, _ = erase(sd, **{"train_embeddings": False, **changes})
+    assert changed(sd.text_encoder, erased.text_encoder) == {
+        name for name in sd.text_encoder.state_dict() if name.startswith(trained)}
 
 
 def test_layers_are_chosen_by_index_not_by_name():
@@ -74,7 +78,7 @@ def test_layers_are_chosen_by_index_not_by_name():
                            "num_hidden_layers": 12, "num_attention_heads": 1,
                            "max_position_embeddings": 4})
     model = sd_mini.StableDiffusion(None, encoder, None, None, None)
-    theta = au.parameters_to_train(model, replace(SMALL, layers=2))
+    theta = au.parameters_to_train(model, replace(SMALL, layers=2, train_embeddings=False))
     first_two = [p for layer in encoder.encoder.layers[:2] for p in layer.parameters()]
     assert {id(p) for p in theta} == {id(p) for p in first_two}
     with pytest.raises(ValueError, match="--layers 13: this text encoder has 12"):
@@ -87,10 +91,12 @@ def test_unet_is_trained_when_asked(sd):
     assert erased.text_encoder is sd.text_encoder
 
 
-def test_cross_attention_alone_is_trained_when_asked(sd):
-    erased, _ = erase(sd, train="cross_attention", steps=3)
-    attention = {name for name in sd.unet.state_dict() if ".attn2." in name}
-    assert changed(sd.unet, erased.unet) == attention != set()
+@pytest.mark.parametrize("train, kept", [("cross_attention", True), ("no_cross_attention", False)])
+def test_cross_attention_alone_is_trained_or_left_out(sd, train, kept):
+    """ESD-x and ESD-u."""
+    erased, _ = erase(sd, train=train, steps=3)
+    wanted = {name for name in sd.unet.state_dict() if (".attn2." in name) == kept}
+    assert changed(sd.unet, erased.unet) == wanted != set()
 
 
 @pytest.mark.parametrize("attack", ["embedding", "token", "fast", "none"])
@@ -243,7 +249,8 @@ def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(
 def test_unet_evaluations_are_those_of_the_formula(sd, changes):
     """The bench's closed form against the hook's count; afresh, against the mean of drawn runs."""
     config = replace(SMALL, warmup=1, steps=3, plain_share=0.0, **changes)
-    assert bench.iterations(sd, config)[1] == bench.schedule(config, (1, 2))
+    counted = bench.iterations(sd, config)[1]
+    assert counted == pytest.approx(bench.schedule(config, (1, 2)))
     fresh = replace(config, fresh_trajectories=True)
     assert bench.iterations(sd, fresh)[1] == pytest.approx(bench.schedule(fresh), rel=0.35)
 
@@ -258,7 +265,7 @@ def test_evaluation_takes_the_evaluations_of_the_formula(sd, monkeypatch):
     drawn = evaluation.draw_all(sd, prompts, config)
     evaluation.evaluate(sd, au.METHOD, prompts._replace(original=drawn), drawn, config)
     related = len(prompts.paraphrases + prompts.neighbours + prompts.styles)
-    assert work.evaluations == bench.evaluation_work(config, related)
+    assert work.evaluations == pytest.approx(bench.evaluation_work(config, related))
 
 
 def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):

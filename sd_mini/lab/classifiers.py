@@ -257,8 +257,11 @@ def frechet_distance(a, b):
 
         d^2 = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
-    Source: Heusel et al. 2017 (FID), with the classifier's features in place of Inception's.
+    Source: Heusel et al. 2017 (FID), with the classifier's features in place of Inception's. The
+    distance falls with the number of pictures alone, so both sets must have the same.
     """
+    if len(a) != len(b):
+        raise ValueError(f"Frechet distance: {len(a)} pictures against {len(b)}")
     a, b = a.double(), b.double()
     s_a, s_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(s_a)

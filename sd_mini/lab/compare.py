@@ -23,7 +23,7 @@ def compare(method, config):
     config = replace(config, eval_attacks=(*method.attacks, *method.inversions))
     shared = experiment.open_experiment(method, config)
     out = Path(config.out or Path("runs") / f"{slug(config.concept)}-compare")
-    changes = method.rows(shared.sd_o, config)
+    changes = method.rows(shared.sd_o, shared.concepts, config)
     rows = {name: replace(config, methods=(), out=None, save_images=None, **(changed or {}))
             for name, changed in changes.items()}
     records = {name: experiment.record(shared, row) for name, row in rows.items()}

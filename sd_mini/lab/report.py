@@ -20,6 +20,10 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
                        "% of the concept's prompts whose picture shows it, without attack"),
     "token_asr": ("ASR, token attack", "tok",
                   "the same or broken by a prefix of tokens (UnlearnDiffAtk)"),
+    "random_asr": ("ASR, random prefix", "rnd", "the same or broken by random tokens, as many looks: "
+                   "the token attack's control"),
+    "longer_asr": ("ASR, longer prefix", "lon",
+                   "the same by the token attack with 3 tokens more than in training"),
     "embedding_asr": ("ASR, embedding attack", "emb",
                       "the same or broken by a prefix of free embeddings, one per prompt"),
     "inversion_asr": ("ASR, inversion attack", "inv",
@@ -34,10 +38,10 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
     "clip_score": ("CLIP score", "CLIP",
                    "mean cosine of prompt and picture, on the utility prompts"),
     "frechet": ("Frechet distance", "FD", "between the classifier's features of the original's and "
-                "this model's utility pictures"),
+                "this model's utility pictures; it falls with their number, no FID"),
     "minutes": ("training minutes", "min", "wall clock"),
     "unet_evaluations": ("UNet evaluations", "UNet", "of training, in forward equivalents (a "
-                         "backward counts two), thousands"),
+                         "backward through frozen weights is 1.07), thousands"),
 }
 COSTS = ("minutes", "unet_evaluations")
 

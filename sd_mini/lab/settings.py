@@ -93,7 +93,9 @@ class Settings:
                                 "in fp32 (default: bf16 on a GPU that has it)", ("fp32", "bf16"))
     low_memory: bool = run(False, "compute the UNet's activations again in the backward pass")
     save_every: int = run(100, "iterations between checkpoints", low=1)
-    save_pipeline: bool = run(False, "write the whole erased pipeline too, to OUT/pipeline")
+    save_pipeline: bool = run(False, "write the whole erased model too, as OUT/pipeline")
+    save_single_file: bool = run(False, "write it as one file of the original layout, "
+                                 "OUT/model.safetensors, for web interfaces")
 
     def check(self, given):
         """ValueError where settings do not go together. given: {setting: value} of the flags."""
@@ -108,8 +110,10 @@ class Settings:
                  "--task evaluate: give --text-encoder"),
                 (task in ("train", "compare") and self.text_encoder,
                  "--text-encoder: is for --task evaluate and sample"),
-                (task in ("compare", "sample") and (self.save_images or self.save_pipeline),
-                 "--save-images, --save-pipeline: are for --task train and evaluate"),
+                (task in ("compare", "sample")
+                 and (self.save_images or self.save_pipeline or self.save_single_file),
+                 "--save-images, --save-pipeline, --save-single-file: are for --task train and "
+                 "evaluate"),
                 (task == "sample" and not self.prompts, "--task sample: give --prompts"),
                 (task != "sample" and self.prompts, "--prompts: is for --task sample"),
                 (task != "compare" and self.methods, "--methods: is for --task compare"),
@@ -141,7 +145,7 @@ class Method(NamedTuple):
                 of each prompt; see `attack_prompts`
     inversions  {name: attack}, where attack(sd, prompts, pictures, config) learns from all prompts
                 of a concept at once -> their contexts; see `invert_concepts`
-    rows        (sd_o, config) -> {name: what the row changes in the config, or None for the
+    rows        (sd_o, concepts, config) -> {name: what the row changes in the config, or None for the
                 original model}: the rows of --task compare
     toy         what the method changes in its config on the toy
     check       (sd_o, erase prompts, retain prompts, config): raises ValueError, before any work,
@@ -152,7 +156,7 @@ class Method(NamedTuple):
     train: Callable
     attacks: dict = {}
     inversions: dict = {}
-    rows: Callable = lambda sd_o, config: {"original": None, "own": {}}
+    rows: Callable = lambda *arguments: {"original": None, "own": {}}
     toy: dict = {}
     check: Callable = lambda *arguments: None
 

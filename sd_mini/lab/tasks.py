@@ -61,6 +61,8 @@ def write_outputs(out, experiment, config, sd, results, pictures):
     write_results(out, experiment, config, results)
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
+    if config.save_single_file:
+        sd_mini.save_single_file(sd, out / "model.safetensors")
     if evaluation_set:
         report.decorate(report.plot_samples, out / "samples.png", evaluation_set, pictures,
                         config.eval_attacks)
@@ -73,7 +75,7 @@ def write_outputs(out, experiment, config, sd, results, pictures):
     memory = torch.cuda.max_memory_allocated() / 2**30 if config.device != "cpu" else 0
     held = f", at most {memory:.1f} GiB on the GPU" if memory else ""
     names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
-    print(f"{out}: {', '.join(names)}\n{experiment.work.evaluations:,} UNet evaluations, "
+    print(f"{out}: {', '.join(names)}\n{experiment.work.evaluations:,.0f} UNet evaluations, "
           f"{time.time() - experiment.started:.0f} s{held}")
 
 
