@@ -362,8 +362,8 @@ def save_single_file(sd, path, dtype=torch.float32):
     """
     if (sd.schedule.predicts_v or sd.unet.config["use_linear_projection"]
             or sd.text_encoder.config["hidden_act"] != "quick_gelu"):
-        raise ValueError(f"{sd.folder}: made like Stable Diffusion 2.x; one file in the original "
-                         "layout is written for 1.x only; save_pipeline writes a folder")
+        raise ValueError(f"{sd.folder}: made like Stable Diffusion 2.x; one file in the "
+                         "original layout is written for 1.x only; save_pipeline writes a folder")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     found = original.tensors({part: getattr(sd, part) for part in PARTS})

@@ -49,7 +49,8 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
         ("length = len(sd.tokenizer(prompt).input_ids)", ["length = len(prompt.split())"])],
     6: [("delta.grad = torch.autograd.grad(losses.sum(), delta)[0]", ["losses.sum().backward()"]),
         ("delta -= attack.lr * delta.grad.sign()", ["delta += attack.lr * delta.grad.sign()"]),
-        ("delta.copy_(delta_0 + move)", ["delta.copy_(delta.clamp(-attack.radius, attack.radius))"]),
+        ("delta_0 + (delta - delta_0).clamp(-attack.radius, attack.radius)", [
+            "delta.clamp(-attack.radius, attack.radius)"]),
         ("delta_0 = table[start].detach().float()", [
             "delta_0 = 0 * table[start].detach().float()"])],
     7: [("return (v - excess.gather(-1, last)).clamp(min=0)", [

@@ -45,7 +45,7 @@ def random_prefix(sd, prompts, pictures, look, config):
 
 
 METHOD = lab.Method(
-    Config, forget, attacks={**advunlearn.METHOD.attacks, "random": random_prefix},
+    Config, forget, attacks={**advunlearn.METHOD.attacks, "mine": random_prefix},
     rows=lambda sd_o, concepts, config: {"original": None, "mine": {}, "mine, weak": dict(strength=0.1)})
 FLAGS = ["--model", "toy", "--device", "cpu", "--retain-set", "photos", "--eval-prompts", "3",
          "--eval-utility", "3", "--eval-steps", "3", "--eval-attack-steps", "2",
@@ -71,21 +71,21 @@ def test_it_gets_a_command_line(capsys):
 def test_it_is_trained_evaluated_and_drawn(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("--out", out) == 0
-    assert "ASR, random attack" in capsys.readouterr().out
+    assert "ASR, mine attack" in capsys.readouterr().out
     names = {"text_encoder", "results.json", "samples.png", "losses.png", "README.md"}
     assert {path.name for path in out.iterdir()} == names
     results = json.loads((out / "results.json").read_text())
     assert results["config"]["lr"] == 1e-3
     erased = results["results"]["erased"]
     assert erased["pre_attack_asr"]["n"] == 3 and erased["utility"]["n"] == 3
-    kinds = {"token", "embedding", "random"}
+    kinds = {"token", "embedding", "mine"}
     assert kinds <= erased["details"].keys()
     assert "lr 0.001" in (out / "README.md").read_text()
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = ["--steps", "6", "--save-every", "2", "--eval-attacks", "random"]
+    flags = ["--steps", "6", "--save-every", "2", "--eval-attacks", "mine"]
     assert run(*flags, "--out", whole) == 0
 
     class Stopping(torch.optim.Adam):
