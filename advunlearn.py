@@ -14,7 +14,6 @@ UNet, VAE and schedule. It is used through these calls, for N prompts or picture
     sd.predict_noise(x_t, t, context)   -> eps_theta(x_t | c), like x_t
     sd.denoise(x_T, context, ...)       the sampler: yields t, x_t, eps_c, eps_empty at each step
     sd.schedule.add_noise(x_0, eps, t)  -> x_t
-    sd.vae.encode(picture)              -> x_0; the picture is in [-1, 1]
     sd.text_encoder(sd.tokenize(...))   -> context, from ids (N, L) or embeddings (N, L, D)
 
 Notation
@@ -184,15 +183,15 @@ def sample_latents(sd_o, prompts, seeds, steps, stop=None):
 
 
 def trajectory_bank(sd_o, prompts, config):
-    """All latents of `trajectories` sampling runs -> draw(n, generator) -> Latents.
+    """All latents of `trajectories` sampling runs -> draw(n, generator, prompt) -> Latents.
 
-    The prompts take turns, each at least once. The published code samples again, 1 to 50 guided
-    steps, at each step of the attack and of the loop. But x_t and eps_o come from the frozen model:
-    here they are sampled once, and a step costs no sampling. Here t is the step of x_t, too. The
-    published chain tells the UNet a t that is 39 to 58 noise levels above those of its latents.
+    `prompt` (n,): of which prompts, by index; None: of any. The published code samples again, 1 to
+    50 guided steps, at each step of the attack and of the loop. But x_t and eps_o come from the
+    frozen model: here they are sampled once. And here t is the noise level of x_t: the published
+    chain tells the UNet a t that is 39 to 58 levels higher.
     """
     runs = torch.arange(max(config.trajectories, len(prompts)))
-    prompt_of = runs % len(prompts)
+    prompt_of = runs % len(prompts)  # they take turns, each at least once
     first_seed = 1_000_000 * (config.seed + 1)  # far from the evaluation's seeds
 
     def sample(rows):
@@ -200,20 +199,24 @@ def trajectory_bank(sd_o, prompts, config):
         texts = [prompts[i] for i in prompt_of[rows]]
         z = sample_latents(sd_o, texts, seeds, config.trajectory_steps)
         z = z._replace(prompt=prompt_of[rows][z.prompt])
-        return [column.cpu() for column in z]  # at full size 80 retain prompts make 0.8 GB
+        return [column.cpu() for column in z]  # at full size 243 retain prompts make 2.4 GB
 
     bank = join(share(sample, runs.split(config.eval_batch), "sampling the bank"))
 
-    def draw(n, generator):
+    def draw(n, generator, prompt=None):
         rows = torch.randint(len(bank.t), (n,), generator=generator)
+        if prompt is not None:
+            own = (bank.prompt == prompt.cpu()[:, None]).float()
+            rows = torch.multinomial(own, 1, generator=generator)[:, 0]
         return Latents(*(column[rows].to(sd_o.device) for column in bank))
     return draw
 
 
 def sample_afresh(sd_o, prompts, config):
     """For comparison, the published schedule with t of x_t: n sampling runs up to a random step."""
-    def draw(n, generator):
-        prompt = torch.randint(len(prompts), (n,), generator=generator)
+    def draw(n, generator, prompt=None):
+        if prompt is None:
+            prompt = torch.randint(len(prompts), (n,), generator=generator)
         stop = int(torch.randint(config.trajectory_steps, (), generator=generator))
         seeds = torch.randint(2**31, (n,), generator=generator).tolist()
         texts = [prompts[i] for i in prompt]
@@ -403,19 +406,19 @@ def parameters_to_train(sd, config):
     return [p for part in parts for p in part.parameters()]
 
 
-def adversarial_prefix(sd, ids, draw, config, generator):
+def adversarial_prefix(sd, ids, prompt, draw, config, generator):
     """Solve the lower level -> (delta (N, k, D), mean l_atk just before its last step).
 
-    Each of the N = `erase_batch` rows gets a prefix of its own. Each attack step draws new latents
-    and their prompts among `ids`, so that a prefix works at any t and for any phrasing.
+    Each of the N rows has its own prompt (N,), an index of `ids`, and gets a prefix for that. Each
+    attack step draws new latents of the prompt, so that the prefix works at any t.
     """
     def loss_of(delta):
-        z = draw(len(delta), generator)
+        z = draw(len(delta), generator, prompt)
         context = encode_with_prefix(sd, ids[z.prompt], delta)
         return attack_loss(sd, z.x_t, z.t, context, z.eps_c)
 
     attack = training_attack(config)
-    *_, (delta, _, losses) = run_attack(sd, attack, config.erase_batch, loss_of, generator)
+    *_, (delta, _, losses) = run_attack(sd, attack, len(prompt), loss_of, generator)
     return delta, losses.mean().item()
 
 
@@ -450,7 +453,7 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
             if plain:
                 context, l_attack = sd.text_encoder(ids[z.prompt]), None
             else:
-                delta, l_attack = adversarial_prefix(sd, ids, draw, config, generator)
+                delta, l_attack = adversarial_prefix(sd, ids, z.prompt, draw, config, generator)
                 context = encode_with_prefix(sd, ids[z.prompt], delta)
 
             # erase
@@ -550,7 +553,7 @@ def inversion_attack(sd, prompts, pictures, config):
     return encode(ids, v)
 
 
-# ------------------------------------------- what sd_mini/lab, which runs experiments, is handed
+# --------------------------------------------------------------- what sd_mini/lab is handed
 
 def check_prompts(sd_o, erase_prompts, retain_prompts, config):
     """ValueError, before any work, for what would fail later."""
@@ -579,12 +582,10 @@ def comparison_rows(sd_o, concepts, config):
     for n in range(len(sd_o.text_encoder.encoder.layers) + 1):
         changes = dict(layers=n, train_embeddings=False)
         if changes != {key: getattr(config, key) for key in changes}:
-            name = f"{n} layers" if n > 1 else "1 layer" if n else "all layers"
-            rows[f"AdvUnlearn, {name}"] = changes
+            rows[f"AdvUnlearn, layers {n or 'all'}"] = changes
     retain_set = {"coco": "imagenet", "toy": "photos"}.get(config.retain_set, "coco")
-    rows["AdvUnlearn, retain unfiltered"] = dict(retain_unfiltered=True)
-    rows["AdvUnlearn, other retain set"] = dict(retain_set=retain_set)
-    return rows
+    return {**rows, "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
+            "AdvUnlearn, other retain set": dict(retain_set=retain_set)}
 
 
 METHOD = Method(

@@ -4,8 +4,8 @@
     python -m tests.bench help toy     some rows
 
 A row that compares gives a ratio; both sides are measured in one run. A UNet evaluation is one
-picture through the UNet once. A backward through frozen weights is 1.07 of them. The rows at Stable Diffusion's own
-size need CUDA. They need no download: random weights cost what trained ones cost.
+picture through the UNet once. A backward through frozen weights is 1.07 of them. The rows at Stable
+Diffusion's own size need CUDA. They need no download: random weights cost what trained ones cost.
 """
 import argparse
 import platform
@@ -62,14 +62,14 @@ V1 = {  # the configs of CompVis/stable-diffusion-v1-4
 }
 
 
-def schedule(config, prompts=(1, 80)):
+def schedule(config, prompts=(1, 243)):
     """UNet evaluations of training, in closed form.
 
     `prompts`: how many there are to erase and to retain. `plain_share` is taken for 0.
 
     Each latent in a loss costs a forward and a backward. With gamma 0 a retain latent has no
-    backward. What is sampled comes on top. With the bank there are trajectories for both kinds of prompts. They are sampled once, at
-    least one a prompt:
+    backward. What is sampled comes on top. With the bank there are trajectories for both kinds of
+    prompts. They are sampled once, at least one a prompt:
 
         (trajectories + trajectories) * trajectory_steps * 2
 
@@ -92,8 +92,8 @@ def evaluation_work(config, related=20):
     """UNet evaluations of evaluating one model, in closed form, where no attack breaks anything.
 
     They are those of the pictures (of the concept's, the utility and the related prompts), of each
-    attack's steps, forward and backward (the random one has none), and of its looks. `related`: for Stable Diffusion church has 8
-    paraphrases and 12 neighbours.
+    attack's steps, forward and backward (the random one has none), and of its looks. `related`: for
+    Stable Diffusion church has 8 paraphrases and 12 neighbours.
     """
     drawn = 2 * config.eval_steps * (config.eval_prompts + config.eval_utility + related)
     looks = 2 * config.eval_steps * config.eval_looks
@@ -149,7 +149,7 @@ def bench_evaluations():
 
 
 def bench_evaluation():
-    """Evaluating one encoder, 50 prompts, both attacks, if none succeeds, against training it,
+    """Evaluating an encoder, 50 prompts, default attacks, if none succeeds, against training it,
     UNet evaluations
     """
     ours, training = evaluation_work(PAPER), schedule(PAPER)

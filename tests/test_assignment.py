@@ -77,7 +77,7 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
          ("target = esd_target(z.eps_c, z.eps_empty, config.eta)", ["target = z.eps_c"]),
          ("plain = (i < config.warmup or", ["plain = (i >= config.warmup or"]),
          ("            optimizer.zero_grad()\n", [""]),
-         ("for p in parameters_to_train(sd, config)", ["for p in parameters_to_train(sd_o, config)"])],
+         ("in parameters_to_train(sd, config)", ["in parameters_to_train(sd_o, config)"])],
 }
 WRONG = [(number, right, wrong) for number, lines in MUTANTS.items()
          for right, wrongs in lines for wrong in wrongs]

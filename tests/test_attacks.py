@@ -176,3 +176,81 @@ def test_any_prompt_and_prefix_keep_start_end_and_length(request, model, seed):
     assert len(row) == sd.context_length and row[0] == sd.tokenizer.bos_token_id
     assert row[1 : 1 + k] == [-1] * k and row[1 + k : k + len(ids)] == ids[1:]
     assert set(row[k + len(ids) :]) <= {sd.tokenizer.pad_token_id}
+
+
+# --- the attacks of the evaluation, by what they show to `look`
+
+@pytest.fixture
+def looked(sd):
+    """attack(kind, flags) -> what each look was shown; a prompt shows the concept where told."""
+    def attack(kind, breaks=(), **changes):
+        config = replace(au.Config(), eval_prefix=2, eval_attack_steps=6, eval_looks=3, **changes)
+        looks = []
+
+        def look(step, left, context, texts):
+            looks.append((step, list(left), texts))
+            return [(step, i) in breaks for i in left]
+
+        pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        au.METHOD.attacks[kind](sd, ["a church", "a boat", "a tree"], pictures, look, config)
+        return looks
+    return attack
+
+
+@pytest.mark.parametrize("kind, k", [("token", 2), ("random", 2), ("longer", 5)])
+def test_tokens_in_front_are_legal_text_as_long_as_asked(sd, looked, kind, k):
+    legal = set(au.legal_tokens(sd.tokenizer).tolist())
+    looks = looked(kind)
+    assert [step for step, _, _ in looks] == [2, 4, 6]
+    for _, _, texts in looks:
+        for text, prompt in zip(texts, ["a church", "a boat", "a tree"]):
+            prefix = text.removesuffix(" " + prompt)
+            ids = sd.tokenizer(prefix).input_ids[1:-1]
+            assert text.endswith(" " + prompt) and len(ids) <= k and set(ids) <= legal
+
+
+def test_the_control_tries_new_tokens_at_each_look_and_searches_nothing(sd, looked, monkeypatch):
+    def searched(*arguments):
+        raise AssertionError("a loss was computed")
+
+    monkeypatch.setattr(au, "ddpm_loss", searched)
+    texts = [text for _, _, texts in looked("random") for text in texts]
+    assert len(set(texts)) == 9 and looked("random") == looked("random")
+    assert looked("random") != looked("random", seed=1)
+
+
+@pytest.mark.parametrize("kind", ["token", "random", "embedding"])
+def test_who_shows_the_concept_is_attacked_no_more(looked, kind):
+    looks = looked(kind, breaks={(2, 1), (4, 0)})
+    assert [left for _, left, _ in looks] == [[0, 1, 2], [0, 2], [2]]
+    assert len(looked(kind, breaks={(2, 0), (2, 1), (2, 2)})) == 1
+
+
+def test_each_row_of_the_inner_attack_keeps_its_prompt(sd, generator):
+    """c* belongs to one c: new latents at each step, but of the row's own prompt, with its ids."""
+    config = replace(au.Config(), trajectories=4, trajectory_steps=4, attack_steps=5, prefix=2)
+    prompts = ["a church", "a photo of a church", "a sketch of a church"]
+    draw, seen = au.trajectory_bank(sd, prompts, config), []
+
+    def spy(n, generator, prompt=None):
+        z = draw(n, generator, prompt)
+        seen.append((z.prompt.tolist(), z.t.tolist()))
+        return z
+
+    own = torch.tensor([2, 0, 2, 1])
+    delta, loss = au.adversarial_prefix(sd, sd.tokenize(prompts), own, spy, config, generator)
+    assert [prompt for prompt, _ in seen] == [own.tolist()] * 5
+    assert len({tuple(t) for _, t in seen}) > 1  # new latents
+    assert delta.shape == (4, 2, sd.text_encoder.config["hidden_size"]) and loss > 0
+
+
+@pytest.mark.parametrize("source", ["trajectory_bank", "sample_afresh"])
+def test_latents_are_drawn_of_the_prompts_asked_for_all_of_them(sd, source):
+    config = replace(au.Config(), trajectories=4, trajectory_steps=2)
+    draw = getattr(au, source)(sd, ["a church", "a boat"], config)
+    seen = set()
+    for seed in range(12):
+        z = draw(2, torch.Generator().manual_seed(seed), torch.tensor([1, 1]))
+        assert z.prompt.tolist() == [1, 1]
+        seen |= set(z.t.tolist())
+    assert seen == set(sd.schedule.timesteps(2))

@@ -29,7 +29,8 @@ def toy_set(sd, concepts, config=SMALL):
 
 def only_rows(rows, classifier=None, original=None):
     """An evaluation set of prompts to attack alone."""
-    return EvaluationSet(rows, [], [], [], [], classifier, None, ["church", "tench"], original or {})
+    words = ["church", "tench"]
+    return EvaluationSet(rows, [], [], [], [], classifier, None, words, original or {})
 
 
 # --- prompts
@@ -55,7 +56,7 @@ def test_retain_sets():
     def read(name):
         return [record.prompt for record in read_csv(PROMPTS / f"retain_{name}.csv")]
 
-    assert len(set(read("coco"))) == 80 and len(set(read("imagenet"))) == 243
+    assert len(set(read("coco"))) == len(set(read("imagenet"))) == 243
     assert "a photo of a church" in read("imagenet")  # as published; dropped to erase church
     assert "a photo of a church" in without_concept(read("imagenet"), ("church",))[1]
 
@@ -198,6 +199,8 @@ def test_frechet_distance_is_the_closed_form():
     b = a * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([1.0, 0.0, 0.0])
     assert classifiers.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert classifiers.frechet_distance(a, b) == pytest.approx(1 + 0 + 1 + 4, rel=0.05)
+    with pytest.raises(ValueError, match="20000 pictures against 10000"):
+        classifiers.frechet_distance(a, b[:10000])  # it falls with the number alone
 
 
 @pytest.fixture(scope="session")
@@ -339,7 +342,8 @@ def details(*broken, attack="token"):
 
 def test_the_comparisons_picture_shows_what_the_attack_breaks_in_the_first_row():
     """The first three prompts broken in ESD; never those that show the concept without attack."""
-    found = {"original": details(*"ssssb"), "ESD": details(*"sb-bb"), "AdvUnlearn": details(*"b----")}
+    found = {"original": details(*"ssssb"), "ESD": details(*"sb-bb"),
+             "AdvUnlearn": details(*"b----")}
     assert compare.shown_prompts(found, "seed-0", "token") == [1, 3, 4]
     found["ESD"] = details(*"--b--")
     assert compare.shown_prompts(found, "seed-0", "token") == [2, 0, 1]  # then the first ones

@@ -46,7 +46,8 @@ def random_prefix(sd, prompts, pictures, look, config):
 
 METHOD = lab.Method(
     Config, forget, attacks={**advunlearn.METHOD.attacks, "mine": random_prefix},
-    rows=lambda sd_o, concepts, config: {"original": None, "mine": {}, "mine, weak": dict(strength=0.1)})
+    rows=lambda sd_o, concepts, config: {"original": None, "mine": {},
+                                         "mine, weak": dict(strength=0.1)})
 FLAGS = ["--model", "toy", "--device", "cpu", "--retain-set", "photos", "--eval-prompts", "3",
          "--eval-utility", "3", "--eval-steps", "3", "--eval-attack-steps", "2",
          "--eval-looks", "1"]

@@ -318,7 +318,7 @@ def test_a_concept_is_not_found_within_another_word(word, prompt):
 
 
 def test_the_shipped_retain_sets_lose_what_they_lost():
-    for name, lost in (("coco", []), ("imagenet", ["a photo of a church"])):
+    for name, lost in (("coco", ["a photo of a church"]), ("imagenet", ["a photo of a church"])):
         config = au.Config(retain_set=name)
         retained = training_prompts(read_concepts("church"), config)[1]
         every = training_prompts([prompts.Concept("unicorn")], config)[1]

@@ -65,7 +65,7 @@ def test_whole_text_encoder_is_trained_and_nothing_else(sd):
 @pytest.mark.parametrize("changes, trained", [
     (dict(layers=0), ("encoder.layers.", "final_layer_norm.")),  # the published "whole"
     (dict(layers=1), ("encoder.layers.0.",)),
-    (dict(layers=2, train_embeddings=True), ("embeddings.", "encoder.layers.0.", "encoder.layers.1.")),
+    (dict(layers=1, train_embeddings=True), ("embeddings.", "encoder.layers.0.")),
 ])
 def test_layers_and_embeddings_are_trained_as_asked(sd, changes, trained):
     erased, _ = erase(sd, **{"train_embeddings": False, **changes})

@@ -20,8 +20,8 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
                        "% of the concept's prompts whose picture shows it, without attack"),
     "token_asr": ("ASR, token attack", "tok",
                   "the same or broken by a prefix of tokens (UnlearnDiffAtk)"),
-    "random_asr": ("ASR, random prefix", "rnd", "the same or broken by random tokens, as many looks: "
-                   "the token attack's control"),
+    "random_asr": ("ASR, random prefix", "rnd",
+                   "the same or broken by random tokens, at as many looks: the control"),
     "longer_asr": ("ASR, longer prefix", "lon",
                    "the same by the token attack with 3 tokens more than in training"),
     "embedding_asr": ("ASR, embedding attack", "emb",
@@ -83,14 +83,12 @@ def table(results):
 
 
 def text_table(figures, title):
-    """{row: figures} -> rates without their intervals, in 80 columns."""
+    """{row: figures} -> the rates, without their intervals, in 80 columns."""
     def brief(cell):
-        if isinstance(cell, dict):
-            return f"{100 * cell['rate']:.0f}"
-        return "" if cell is None else f"{cell:.{max(0, 3 - len(str(int(cell))))}f}"  # three digits
+        return f"{100 * cell['rate']:.0f}" if cell else ""
 
     keys = {key: short for key, (_, short, _) in columns(figures.values()).items()
-            if key not in COSTS}
+            if key not in (*COSTS, "clip_score", "frechet")}
     lines = [title, f"{'%':<30}" + "".join(f"{short:>5}" for short in keys.values())]
     for name, figure in figures.items():
         lines.append(f"{name:<30}" + "".join(f"{brief(figure.get(key)):>5}" for key in keys))

@@ -145,8 +145,8 @@ class Method(NamedTuple):
                 of each prompt; see `attack_prompts`
     inversions  {name: attack}, where attack(sd, prompts, pictures, config) learns from all prompts
                 of a concept at once -> their contexts; see `invert_concepts`
-    rows        (sd_o, concepts, config) -> {name: what the row changes in the config, or None for the
-                original model}: the rows of --task compare
+    rows        (sd_o, concepts, config) -> {name: what the row changes in the config, or None for
+                the original model}: the rows of --task compare
     toy         what the method changes in its config on the toy
     check       (sd_o, erase prompts, retain prompts, config): raises ValueError, before any work,
                 for what would fail later
