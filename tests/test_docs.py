@@ -143,7 +143,7 @@ LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guid
            "details", "results", "erased", "token", "prompt", "evaluation_seed", "sd_mini",
            "evaluation_guidance", "sd_seed", "sd_guidance_scale", "diffusers", "huggingface_hub",
            "HF_HOME", "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at",
-           "cross_attention", "pytest", "torchrun", "python", "imagenet", "coco", "unet", "ID",
+           "attack_init", "hardtanh", "pytest", "torchrun", "python", "imagenet", "coco", "unet", "ID",
            "world.ERASED", "samples.png", "losses.png", "results.json", "table.md", "compare.png",
            "tradeoff.png", "grade.json", "forget.py"}
 
@@ -152,7 +152,7 @@ LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guid
 def test_what_is_named_exists(name):
     here = (ROOT / name).parent
     text = re.sub(r"^```.*?^```", "", DOCS[name], flags=re.M | re.S)
-    options = {f.name for f in fields(au.Config)}
+    options = {f.name for f in fields(au.Config)} | {*au.METHOD.attacks, *au.TRAINED}
     flags = {"--" + option.replace("_", "-") for option in options} | OTHER_FLAGS
     assert not set(re.findall(r"(--[a-z][\w-]*)", text)) - flags
 
