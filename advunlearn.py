@@ -68,7 +68,7 @@ class Config(Settings):
     eta: float = setting(1.0, "eta, ESD's strength", low=0)
     erase_batch: int = setting(1, "latents x_t in the erase loss", low=1)
     plain_share: float = 0.0  # share of the iterations after warm-up without attack
-    esd: tuple = (1000, 1e-5)  # iterations and learning rate of ESD in the comparison
+    esd: tuple = (1000, 1e-5, 1.0)  # iterations, learning rate and eta of ESD in the comparison
 
     attack: str = attack_setting("embedding", "free embeddings, tokens, or one fast step", KINDS)
     attack_steps: int = attack_setting(30, "steps of the attack", low=1)
@@ -104,7 +104,7 @@ class Config(Settings):
 # delta by 0.08, 3.5 times the embeddings' standard deviation. Found on church and parachute.
 TOY = dict(layers=0, train_embeddings=True, steps=300, warmup=30, lr=4e-4, eta=2.0, erase_batch=8,
            plain_share=0.1, retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04,
-           prefix=5, trajectories=48, trajectory_steps=20)
+           prefix=5, trajectories=48, trajectory_steps=20, esd=(600, 2e-4, 4.0))
 
 if __name__ == "__main__":
     answer_help(Config)  # now, since importing torch takes seconds
@@ -567,12 +567,12 @@ def comparison_rows(sd_o, concepts, config):
     """The paper's tables, and some more: {row: what it changes in the config}."""
     other = dict(retain_weight=0.0,  # a prefix longer than trained is for AdvUnlearn's rows alone
                  eval_attacks=tuple(kind for kind in config.eval_attacks if kind != "longer"))
-    esd = dict(other, attack="none", steps=config.esd[0], lr=config.esd[1])
+    esd = dict(other, attack="none", **dict(zip(("steps", "lr", "eta"), config.esd)))
     published = "cross_attention" if concepts[0].kind == "style" else "no_cross_attention"
     rows = {
         "original": None,
         "ESD": dict(esd, train=published),  # ESD-x for styles, ESD-u for objects
-        "ESD, text encoder": dict(esd, lr=config.lr, steps=config.steps),
+        "ESD, text encoder": dict(other, attack="none"),
         "naive AT": other,
         "AdvUnlearn": {},
         "AdvUnlearn, UNet": dict(train="unet"),
