@@ -68,7 +68,7 @@ class Config(Settings):
     eta: float = setting(1.0, "eta, ESD's strength", low=0)
     erase_batch: int = setting(1, "latents x_t in the erase loss", low=1)
     plain_share: float = 0.0  # share of the iterations after warm-up without attack
-    esd: tuple = (1000, 1e-5, 1.0)  # iterations, learning rate and eta of ESD in the comparison
+    esd: tuple = (1, 1e-5, 1.0)  # of ESD in the comparison: iterations / steps, lr and eta
 
     attack: str = attack_setting("embedding", "free embeddings, tokens, or one fast step", KINDS)
     attack_steps: int = attack_setting(30, "steps of the attack", low=1)
@@ -104,7 +104,7 @@ class Config(Settings):
 # delta by 0.08, 3.5 times the embeddings' standard deviation. Found on church and parachute.
 TOY = dict(layers=0, train_embeddings=True, steps=300, warmup=30, lr=4e-4, eta=2.0, erase_batch=8,
            plain_share=0.1, retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04,
-           prefix=5, trajectories=48, trajectory_steps=20, esd=(600, 2e-4, 4.0))
+           prefix=5, trajectories=48, trajectory_steps=20, esd=(2, 2e-4, 4.0))
 
 if __name__ == "__main__":
     answer_help(Config)  # now, since importing torch takes seconds
@@ -471,8 +471,7 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
             (l_erase + config.retain_weight * l_retain).backward()
             optimizer.step()
             history.append(dict(erase=l_erase.item(), attack=l_attack, retain=l_retain.item()))
-    for parameter in theta:
-        parameter.requires_grad_(False)
+    getattr(sd, part).requires_grad_(False)
     return sd, history
 
 
@@ -567,7 +566,8 @@ def comparison_rows(sd_o, concepts, config):
     """The paper's tables, and some more: {row: what it changes in the config}."""
     other = dict(retain_weight=0.0,  # a prefix longer than trained is for AdvUnlearn's rows alone
                  eval_attacks=tuple(kind for kind in config.eval_attacks if kind != "longer"))
-    esd = dict(other, attack="none", **dict(zip(("steps", "lr", "eta"), config.esd)))
+    times, lr, eta = config.esd
+    esd = dict(other, attack="none", steps=times * config.steps, lr=lr, eta=eta)
     published = "cross_attention" if concepts[0].kind == "style" else "no_cross_attention"
     rows = {
         "original": None,
@@ -583,9 +583,9 @@ def comparison_rows(sd_o, concepts, config):
         changes = dict(layers=n, train_embeddings=False)
         if changes != {key: getattr(config, key) for key in changes}:
             rows[f"AdvUnlearn, layers {n or 'all'}"] = changes
-    retain_set = {"coco": "imagenet", "toy": "photos"}.get(config.retain_set, "coco")
+    other_set = {"coco": "imagenet", "toy": "photos"}.get(config.retain_set, "coco")
     return {**rows, "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
-            "AdvUnlearn, other retain set": dict(retain_set=retain_set)}
+            "AdvUnlearn, other retain set": dict(retain_set=other_set)}
 
 
 METHOD = Method(
