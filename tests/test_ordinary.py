@@ -110,7 +110,7 @@ def begun(out, flags):
         assert main(*flags, "--out", out) == 130
 
 
-@pytest.mark.parametrize("changed", ["retain", "model", "code", "nothing"])
+@pytest.mark.parametrize("changed", ["retain", "model", "judge", "code", "nothing"])
 def test_resume_goes_on_with_the_same_inputs_alone(tmp_path, capsys, changed):
     retain = write_prompts(tmp_path / "retain.csv", "a photo of a house", "a boat")
     model = tmp_path / "model"
@@ -119,18 +119,19 @@ def test_resume_goes_on_with_the_same_inputs_alone(tmp_path, capsys, changed):
     begun(tmp_path / "run", flags)
     if changed == "retain":
         write_prompts(retain, "a photo of a tree", "a boat")
-    if changed == "model":
-        path = model / "text_encoder/model.safetensors"
-        tensors = load_file(path)
-        tensors["text_model.final_layer_norm.bias"] += 0.1
-        save_file(tensors, path, {"format": "pt"})
+    for part, name in (("text_encoder", "text_model.final_layer_norm.bias"),
+                       ("classifier", "head.bias")):
+        if changed == {"text_encoder": "model", "classifier": "judge"}[part]:  # trained once more
+            tensors = load_file(model / part / "model.safetensors")
+            tensors[name] = tensors[name] + 0.1
+            save_file(tensors, model / part / "model.safetensors", {"format": "pt"})
     with pytest.MonkeyPatch.context() as patch:
         if changed == "code":
             patch.setattr(tasks.record.__globals__["inspect"], "getfile", lambda _: __file__)
         status = main(*flags, "--out", tmp_path / "run", "--resume")
     message = capsys.readouterr().err
     expected = {"retain": "other prompts to erase and retain", "model": "other model",
-                "code": "other code", "nothing": ""}[changed]
+                "judge": "other judge", "code": "other code", "nothing": ""}[changed]
     assert expected in message and status == (0 if changed == "nothing" else 2)
 
 

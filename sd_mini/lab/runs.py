@@ -268,8 +268,8 @@ def open_folder(out, record, overwrite=False):
     if run_record(out):  # without one, these names may be anyone's
         for name in ("partial", "text_encoder", "unet", "pipeline") if overwrite else ():
             shutil.rmtree(out / name, ignore_errors=True)
-        if overwrite:
-            (out / "results.json").unlink(missing_ok=True)
+        for name in ("results.json", "model.safetensors") if overwrite else ():
+            (out / name).unlink(missing_ok=True)
         for leftover in out.rglob("*.part"):
             leftover.unlink()
     (out / "partial").mkdir(parents=True, exist_ok=True)
