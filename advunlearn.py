@@ -480,7 +480,7 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
 EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
 
 
-def prefix_attack(sd, prompts, pictures, look, config, kind, longer=0):
+def prefix_attack(sd, prompts, pictures, look, config, kind, longer=False):
     """UnlearnDiffAtk: in front of each prompt, find the prefix that draws its target picture.
 
         argmin over delta of  E || eps - eps_theta(x_t | [delta, c]) ||^2
@@ -489,15 +489,15 @@ def prefix_attack(sd, prompts, pictures, look, config, kind, longer=0):
     embedding, whose prefixes no user can type; random, the control. `eval_looks` times,
     look(step, left, context, texts) draws the prompts that are left and says of each whether it
     shows the concept. Those that do are done. Tokens count by their text alone: they are decoded
-    and tokenised again with the prompt. k is `eval_prefix` + `longer`.
+    and tokenised again with the prompt. `longer`: a prefix longer than training had.
     """
     lr = config.token_lr if kind == "token" else EMBEDDING_LR
-    attack = Attack(kind, config.eval_attack_steps, lr, config.eval_prefix + longer)
+    k = config.eval_prefix + config.eval_longer * longer
+    attack = Attack(kind, config.eval_attack_steps, lr, k)
     generator = torch.Generator().manual_seed(config.seed)
-    ids = tokenize_with_room(sd, prompts, attack.k)
+    ids = tokenize_with_room(sd, prompts, k)
     x_0 = sd.vae.encode(2 * pictures - 1)
-    left = list(range(len(prompts)))  # prompts that do not yet show the concept
-
+    left = list(range(len(prompts)))  # those that do not yet show the concept
     def loss_of(delta):
         # Drawn for all prompts: one that is done does not change the noise of the others.
         t = torch.randint(len(sd.schedule.alpha_bar), (len(x_0),), generator=generator)
@@ -593,7 +593,7 @@ METHOD = Method(
     inversions={"inversion": inversion_attack},
     attacks={"token": partial(prefix_attack, kind="token"),
              "random": partial(prefix_attack, kind="random"),
-             "longer": partial(prefix_attack, kind="token", longer=3),
+             "longer": partial(prefix_attack, kind="token", longer=True),
              "embedding": partial(prefix_attack, kind="embedding")})
 
 if __name__ == "__main__":

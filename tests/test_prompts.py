@@ -172,6 +172,10 @@ def test_room_for_the_prefix_is_counted_to_the_token(sd, write):
     assert rows_for(sd, path, eval_prefix=sd.context_length - tokens)
     with pytest.raises(ValueError, match="every prompt"):
         rows_for(sd, path, eval_prefix=sd.context_length - tokens + 1)
+    longer = dict(eval_attacks=("token", "longer"))  # whose prefix has three tokens more
+    assert rows_for(sd, path, eval_prefix=sd.context_length - tokens - 3, **longer)
+    with pytest.raises(ValueError, match="every prompt"):
+        rows_for(sd, path, eval_prefix=sd.context_length - tokens - 2, **longer)
 
 
 def test_a_concepts_file_and_templates_lose_them_too(sd, write, monkeypatch, capsys):

@@ -84,8 +84,10 @@ def judge_of(concepts, config, toy):
 
 def rows_to_attack(sd_o, concepts, config):
     """The first `eval_prompts` rows of --eval-set, or of each concept, that fit the model."""
+    k = config.eval_prefix + config.eval_longer * ("longer" in config.eval_attacks)
+
     def fitting(rows, what):
-        rows, notes = that_fit(sd_o, rows, config.eval_prefix, what, config.eval_prompts)
+        rows, notes = that_fit(sd_o, rows, k, what, config.eval_prompts)
         for note in notes:
             print(note)
         return rows

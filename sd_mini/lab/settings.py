@@ -77,6 +77,7 @@ class Settings:
     eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time; also "
                                  "trajectories of a bank", low=1)
     eval_prefix: int = evaluation(3, "k, tokens of the prefix in evaluation", low=1)
+    eval_longer: int = 3  # tokens that the attack "longer" puts in front besides
     eval_attack_steps: int = evaluation(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = evaluation(3, "pictures drawn per attacked prompt, evenly over these steps; "
                                  "the first that shows the concept ends the attack", low=1)
