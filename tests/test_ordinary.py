@@ -1,5 +1,6 @@
 """Ordinary ways of working: odd names, edited files, two runs at once, notebooks, no internet."""
 import ast
+import inspect
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import advunlearn as au
-from sd_mini.lab import classifiers, compare, report, runs, settings, tasks
+from sd_mini.lab import classifiers, compare, report, runs, settings
 from sd_mini.weights import TOY
 
 from .test_run import FLAGS, ROOT, main, read_figures
@@ -32,7 +33,7 @@ def write_prompts(path, *prompts):
 
 # --- 1: a user's text is no markup
 
-ODD = ["a $_$ church", "a $$ church \\frac {} %s <b>"]
+ODD = ["a $_$ church", "a $$ \\x {}%s<b>"]
 
 
 def test_prompts_that_look_like_formulas_are_drawn_as_they_are(tmp_path):
@@ -61,7 +62,8 @@ def test_the_cards_snippet_is_python_whatever_the_concept(tmp_path, concept):
     snippet = card.split("```python\n")[1].split("```")[0]
     lines = [line for line in snippet.splitlines() if line.startswith("pipeline(")]
     compile(snippet, "card", "exec")
-    assert ast.literal_eval(lines[0].split("pipeline(")[1].split(").images")[0]).endswith(concept)
+    values = [node.value for node in ast.walk(ast.parse(lines[0])) if hasattr(node, "value")]
+    assert f"a photo of a {concept}" in values
 
 
 def test_pictures_that_fail_are_warnings_and_the_figures_are_there_before(
@@ -127,7 +129,7 @@ def test_resume_goes_on_with_the_same_inputs_alone(tmp_path, capsys, changed):
             save_file(tensors, model / part / "model.safetensors", {"format": "pt"})
     with pytest.MonkeyPatch.context() as patch:
         if changed == "code":
-            patch.setattr(tasks.record.__globals__["inspect"], "getfile", lambda _: __file__)
+            patch.setattr(inspect, "getmodule", lambda train: sys.modules[__name__])
         status = main(*flags, "--out", tmp_path / "run", "--resume")
     message = capsys.readouterr().err
     expected = {"retain": "other prompts to erase and retain", "model": "other model",

@@ -128,8 +128,9 @@ def hash_of(value):
 
 
 def code_hash(method):
-    """Of this library's source and of the file that has the method."""
-    files = {*Path(sd_mini.__file__).parent.rglob("*.py"), Path(inspect.getfile(method.train))}
+    """Of this library's source and of the file that has the method: none in a notebook."""
+    own = Path(getattr(inspect.getmodule(method.train), "__file__", None) or "")
+    files = {*Path(sd_mini.__file__).parent.rglob("*.py"), *([own] if own.is_file() else [])}
     return hash_of([path.read_text(encoding="utf-8") for path in sorted(files)])
 
 
