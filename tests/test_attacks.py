@@ -129,6 +129,18 @@ def test_token_attack_lowers_its_loss_with_legal_tokens(attacked, generator):
     assert loss_of(table[ids[-1]]).mean() < random.mean()
 
 
+def test_token_attack_draws_from_distributions_at_each_step(attacked, generator, monkeypatch):
+    table, legal, loss_of = attacked
+    drawn_from, real = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *how, **named:
+                        drawn_from.append(p) or real(p, *how, **named))
+    list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 4, 0.1, 2), generator))
+    for p in drawn_from:
+        torch.testing.assert_close(p.sum(-1), torch.ones(8))
+        assert p.min() >= 0
+    assert not torch.equal(drawn_from[0], drawn_from[-1])
+
+
 def test_legal_tokens_are_their_own_text(sd):
     legal = au.legal_tokens(sd.tokenizer)
     assert len(legal) > 100 and not set(legal.tolist()) & set(sd.tokenizer.all_special_ids)

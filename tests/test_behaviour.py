@@ -1,7 +1,6 @@
-"""What losses and attacks are given, by spies and closed forms: no golden values.
+"""What losses and attacks are given, by spies and closed forms; test_figures.py has the figures.
 
-Figures are in test_figures.py. `python -m tests.mutants` runs these tests on wrong versions.
-"""
+`python -m tests.mutants` runs these tests on wrong versions of the code."""
 from collections import defaultdict
 from dataclasses import replace
 
@@ -76,6 +75,7 @@ def test_each_loss_has_the_context_and_the_target_of_its_prompts(sd, calls, eta)
     for (_, start, _, attack), _ in seen["embedding_attack"]:
         assert attack == au.Attack("embedding", 3, SMALL.attack_lr, 3, None)
         assert start.shape == (2, 3) and torch.isin(start, au.legal_tokens(sd.tokenizer)).all()
+        assert len(start.unique()) > 3
     for (x_t, t, _, eps_r, own), _ in seen["retain_loss"]:
         assert len(own) == 2 and {*own} <= {*PROMPTS[1]}
         assert_close(eps_r, predicted(sd, x_t, t, own), **CLOSE)
@@ -92,7 +92,7 @@ def test_the_radius_bounds_the_prefix_in_training(sd, calls, radius, least, most
 
 def test_the_configs_attack_is_handed_on():
     config = replace(SMALL, attack_steps=7, attack_lr=0.1, token_lr=0.3)
-    for kind, expected in (("fast", (1, 7 * 0.1)), ("token", (7, 0.3)), ("embedding", (7, 0.1))):
+    for kind, expected in dict(fast=(1, 7 * 0.1), token=(7, 0.3), embedding=(7, 0.1)).items():
         assert au.training_attack(replace(config, attack=kind))[1:3] == expected
 
 
@@ -126,7 +126,7 @@ def test_the_bank_and_the_loop_are_seeded_by_the_config(sd, calls, monkeypatch):
     for seed in (0, 0, 1):
         erase(sd, steps=3, attack="none", seed=seed)
     x_t = [given[1] for given, _ in seen["erase_loss"]]
-    assert same(x_t[0], x_t[3]) and not any(same(a, b) for a, b in zip(x_t[:3], x_t[6:]))
+    assert same(x_t[0], x_t[3]) and not any(map(same, x_t[:3], x_t[6:]))
 
 
 def test_the_bank_is_sampled_under_guidance_3(sd):
@@ -138,15 +138,15 @@ def test_the_bank_is_sampled_under_guidance_3(sd):
 
 def test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest():
     """With a rate of nearly 0 p stays: of 6 nearly even tokens most draws are not the likeliest."""
-    tried, attack, generator = [], au.Attack("token", 3, 1e-9, 4), torch.Generator().manual_seed(0)
+    tried, generator = [], torch.Generator().manual_seed(0)
     run = au.token_attack(torch.eye(8), torch.arange(2, 8), 50, lambda delta: tried.append(
-        delta.detach()) or delta.flatten(1).sum(1), attack, generator)
-    ids = [ids for ids, _ in run]
+        delta.detach()) or delta.sum((1, 2)), au.Attack("token", 3, 1e-9, 4), generator)
     p = torch.rand((50, 4, 6), generator=torch.Generator().manual_seed(0))
-    assert all(same(each, p.argmax(-1) + 2) for each in ids)
-    for delta in tried:  # whole tokens
+    likeliest = p.argmax(-1) + 2
+    for (ids, _), delta in zip(run, tried):  # whole tokens
+        assert same(ids, likeliest)
         assert_close(delta.max(-1).values, torch.ones(50, 4))
-        assert 0.5 < (delta.argmax(-1) != ids[0]).float().mean() < 0.9
+        assert 0.5 < (delta.argmax(-1) != likeliest).float().mean() < 0.9
 
 
 # --- the attacks of the evaluation
@@ -201,11 +201,11 @@ def test_time_steps_are_any_and_the_seed_counts(attacked):
     assert same(t, again) and not same(t, other) and not same(noise, other_noise)
 
 
-@pytest.mark.parametrize("kind, lr, k", [("token", 0.07, 2), ("longer", 0.07, 5),
-                                         ("embedding", 0.01, 2)])
+@pytest.mark.parametrize("kind, lr, k", [
+    ("token", 0.07, 2), ("longer", 0.07, 5), ("embedding", 0.01, 2)])
 def test_each_attack_has_its_own_learning_rate_and_length(attacked, kind, lr, k):
-    (_, attack, n, *_), _ = attacked(kind, token_lr=0.07)[0]["run_attack"][0]
-    assert attack[1:] == (6, lr, k, None) and n == 3
+    [((_, attack, *_), _)] = attacked(kind, token_lr=0.07)[0]["run_attack"]
+    assert attack[1:] == (6, lr, k, None)
 
 
 def test_the_classifier_looks_at_text_or_at_embeddings_without_text(sd, attacked, monkeypatch):
