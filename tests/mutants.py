@@ -113,7 +113,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "yield legal.to(table.device)[drawn.view(n, attack.k)], losses.detach()", DRAWN),
     ("token attack: no gradient passes", A,
      "losses = loss_of(hard + soft - soft.detach())", "losses = loss_of(hard + 0 * soft)",
-     "attacks::test_token_attack_lowers_its_loss_with_legal_tokens"),
+     "attacks::test_token_attack_follows_its_gradient_to_the_legal_token_that_lowers_the_loss"),
     ("token attack: does not project onto the simplex", A,
      "            p.copy_(project_simplex(p))\n", "            p.clamp_(min=0)\n",
      "attacks::test_token_attack_draws_from_distributions_at_each_step"),

@@ -130,6 +130,14 @@ def test_token_attack_lowers_its_loss_with_legal_tokens(attacked, generator):
     assert loss_of(table[ids[-1]]).mean() < random.mean()
 
 
+def test_token_attack_follows_its_gradient_to_the_legal_token_that_lowers_the_loss(generator):
+    cost = torch.tensor([-9.0, 2.0, -1.0, 1.0, 3.0, -9.0])  # the first and the last are not legal
+    attack = au.Attack("token", 40, 0.05, 3)
+    *_, (ids, _) = au.token_attack(torch.eye(6), torch.arange(1, 5), 8,
+                                   lambda delta: (delta @ cost).sum(1), attack, generator)
+    assert (ids == 2).all()
+
+
 def test_token_attack_draws_from_distributions_at_each_step(attacked, generator, monkeypatch):
     table, legal, loss_of = attacked
     drawn_from, real = [], torch.multinomial
