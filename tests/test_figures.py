@@ -54,7 +54,7 @@ def made():
     made = EvaluationSet(
         rows("church 0", "church 1", "church 0", "church 2"),
         rows("church 1", "church 0", "church 1", first=10), rows("boat 2", "boat 3", first=20),
-        rows("house 3", first=30), rows("boat 2", "house 1", "house 3", "whale 0", first=40),
+        rows("house 3", first=30), rows("boat 2", "house 2", "house 3", "whale 0", first=40),
         numbers, clip_score, ["church"])
     original = {"rows": torch.arange(4.0).view(4, 1, 1, 1) + 100,
                 "utility": torch.tensor([5.0, 6, 7, 9]).view(4, 1, 1, 1)}
@@ -80,7 +80,7 @@ def test_rates_count_what_they_say(made, monkeypatch):
                         lambda a, b: distances.append((a, b)) or 8.0)
     method = au.METHOD._replace(attacks={"one": attack})
     drawn = evaluation.draw_all(numbers, prompts, CONFIG)
-    assert drawn["utility"].flatten().tolist() == [2, 1, 3, 0]
+    assert drawn["utility"].flatten().tolist() == [2, 2, 3, 0]
     figures, pictures = evaluation.evaluate(numbers, method, prompts, drawn, CONFIG)
     rates = {name: (figure["rate"], figure["n"]) for name, figure in figures.items()
              if isinstance(figure, dict) and "rate" in figure}
@@ -96,10 +96,10 @@ def test_rates_count_what_they_say(made, monkeypatch):
     assert [d["without_attack"] for d in details] == [False, True, False, False]
     assert [d.get("broken") for d in details] == [False, None, False, True]
     assert details[3]["adversarial_prompt"] == "x church 2" and details[3]["step"] == 6
-    assert asked == [(["boat 2", "house 1", "house 3", "whale 0"], [2, 1, 3, 0])]
+    assert asked == [(["boat 2", "house 2", "house 3", "whale 0"], [2, 2, 3, 0])]
     assert figures["clip_score"] == 0.5 and figures["frechet"] == 8
     [(a, b)] = distances
-    assert a.flatten().tolist() == [5, 6, 7, 9] and b.flatten().tolist() == [2, 1, 3, 0]
+    assert a.flatten().tolist() == [5, 6, 7, 9] and b.flatten().tolist() == [2, 2, 3, 0]
 
 
 def test_each_picture_has_its_own_seed_guidance_and_context(made):
@@ -108,7 +108,7 @@ def test_each_picture_has_its_own_seed_guidance_and_context(made):
     evaluation.draw_rows(numbers, prompts.utility[:3], CONFIG)
     evaluation.draw_rows(numbers, prompts.utility[:3], CONFIG, torch.tensor([[7.0], [8], [9]]))
     assert numbers.calls == [
-        ([2, 1], [40, 41], 7, [2, 3]), ([3], [42], 7, [4]),
+        ([2, 2], [40, 41], 7, [2, 3]), ([3], [42], 7, [4]),
         ([7, 8], [40, 41], 7, [2, 3]), ([9], [42], 7, [4])]
 
 
