@@ -349,7 +349,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("pipeline: each step goes two strides", D, "guidance), t, t - stride",
      "guidance), t, t - 2 * stride", "sd_mini::test_guidance_one_is_the_conditional_model"),
     ("pipeline: pictures are not brought to [0, 1]", D, "(self.vae.decode(z) / 2 + 0.5)",
-     "self.vae.decode(z)", "compare::test_toy_clip_score_prefers_the_right_prompt"),
+     "self.vae.decode(z)", "sd_mini::test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1"),
 ]
 
 
