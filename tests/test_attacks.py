@@ -101,7 +101,7 @@ def test_one_sign_step_is_fast_at(attacked):
 def test_embedding_attack_does_not_pile_up_gradients():
     """Each step must see a new gradient alone, without those of the steps before.
 
-    Here each sign step is the same, so the values that the loss sees fall evenly.
+    Here the third sign step turns round, where the sum of the gradients would go on.
     """
     seen = []
 
@@ -110,8 +110,9 @@ def test_embedding_attack_does_not_pile_up_gradients():
         return delta.square().flatten(1).sum(1)
 
     table, start = torch.ones(3, 2), torch.zeros(1, 1, dtype=torch.long)
-    list(au.embedding_attack(table, start, loss_of, au.Attack("fast", 3, 0.1, 1)))
-    torch.testing.assert_close(torch.stack(seen).flatten()[::2], torch.tensor([1.0, 0.9, 0.8]))
+    list(au.embedding_attack(table, start, loss_of, au.Attack("fast", 4, 0.6, 1)))
+    values = torch.stack(seen).flatten()[::2]
+    torch.testing.assert_close(values, torch.tensor([1.0, 0.4, -0.2, 0.4]))
 
 
 def test_token_attack_lowers_its_loss_with_legal_tokens(attacked, generator):
@@ -127,6 +128,26 @@ def test_token_attack_lowers_its_loss_with_legal_tokens(attacked, generator):
 
     random = torch.stack([random_loss() for _ in range(20)])
     assert loss_of(table[ids[-1]]).mean() < random.mean()
+
+
+def test_token_attack_follows_its_gradient_to_the_legal_token_that_lowers_the_loss(generator):
+    cost = torch.tensor([-9.0, 2.0, -1.0, 1.0, 3.0, -9.0])  # the first and the last are not legal
+    attack = au.Attack("token", 40, 0.05, 3)
+    *_, (ids, _) = au.token_attack(torch.eye(6), torch.arange(1, 5), 8,
+                                   lambda delta: (delta @ cost).sum(1), attack, generator)
+    assert (ids == 2).all()
+
+
+def test_token_attack_draws_from_distributions_at_each_step(attacked, generator, monkeypatch):
+    table, legal, loss_of = attacked
+    drawn_from, real = [], torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, *how, **named:
+                        drawn_from.append(p.clone()) or real(p, *how, **named))
+    list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 4, 0.1, 2), generator))
+    for p in drawn_from:
+        torch.testing.assert_close(p.sum(-1), torch.ones(8))
+        assert p.min() >= 0
+    assert not torch.equal(drawn_from[0], drawn_from[-1])
 
 
 def test_legal_tokens_are_their_own_text(sd):

@@ -253,6 +253,8 @@ def test_classifiers_of_the_hub(saved, sd):
     assert classifier.rule == "likeliest of 2 texts: a boat, church"
     scores = classifiers.CLIPScore(str(saved / "clip"))(["a church", "a boat"], pictures)
     assert len(scores) == 2 and all(-1 <= score <= 1 for score in scores)
+    both = classifier.clip(["church", "a boat"], pictures[[0, 0]])
+    assert classifier.names(pictures)[0] == {["church", "a boat"][both.index(max(both))]}
     with pytest.raises(ValueError, match="has no label 'tench'; it knows boat, church"):
         load("classifier", "tench", set())
 

@@ -1,6 +1,8 @@
 """The schedule, against closed forms; sampling; loading."""
 import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +84,12 @@ def test_a_picture_depends_on_its_own_prompt_and_seed_alone(sd):
     among = sd.sample(["a boat", "a photo of a red house", "a tree"], seed=[1, 7, 2], steps=4)
     torch.testing.assert_close(alone[0], among[1], rtol=0, atol=1e-4)
     assert alone.shape == (1, 3, 64, 64) and 0 <= alone.min() and alone.max() <= 1
+
+
+def test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1(sd):
+    plain = replace(sd, vae=SimpleNamespace(decode=lambda z: z))
+    decoded = plain.decode(torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 3.0]))
+    assert decoded.tolist() == [0, 0, 0.5, 0.75, 1, 1]
 
 
 def test_guidance_one_is_the_conditional_model(sd):

@@ -1,0 +1,404 @@
+"""Wrong versions of the code, and the test that must catch each.
+
+    python -m tests.mutants             all of them, which takes minutes
+    python -m tests.mutants inversion   those whose description has this word
+
+Each is made in a copy of the project, one at a time. A line says whether its test failed, as it
+must. Exit status 1 if more than 2 pass.
+"""
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parent.parent
+AT_ONCE, MAY_PASS = 2, 2
+A, E, P = "advunlearn.py", "sd_mini/lab/evaluation.py", "sd_mini/lab/prompts.py"
+C, J = "sd_mini/lab/compare.py", "sd_mini/lab/classifiers.py"  # J: the judges
+S, D = "sd_mini/schedule.py", "sd_mini/pipeline.py"  # D: Stable Diffusion itself
+
+# Tests, as in "behaviour::test_name" or a file alone.
+LOSSES = "behaviour::test_each_loss_has_the_context_and_the_target_of_its_prompts"
+TOGETHER = ("behaviour::"
+            "test_prompt_picture_noise_and_prefix_stay_together_when_rows_drop_out[embedding]")
+RANDOM, LOOKS = (f"behaviour::{name}" for name in (
+    "test_time_steps_are_any_and_the_seed_counts",
+    "test_the_classifier_looks_at_text_or_at_embeddings_without_text"))
+RATE = "behaviour::test_each_attack_has_its_own_learning_rate_and_length"
+SEEDED = "behaviour::test_the_bank_and_the_loop_are_seeded_by_the_config"
+DRAWN = "behaviour::test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest"
+HANDED = "behaviour::test_the_configs_attack_is_handed_on"
+GAMMA = "behaviour::test_gamma_weighs_the_retain_loss_in_the_gradient"
+SHARE = "behaviour::test_iterations_without_attack_are_warm_up_and_the_share"
+RATES, OWN, INVERTED, ROWS = (f"figures::{name}" for name in (
+    "test_rates_count_what_they_say", "test_each_picture_has_its_own_seed_guidance_and_context",
+    "test_the_inversion_learns_its_embedding_from_each_prompts_picture",
+    "test_each_row_of_the_comparison_changes_what_its_name_says"))
+
+MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, test)
+    # --- training
+    ("ddpm loss: squares the sum instead of the difference", A,
+     "(a.float() - b.float()).square()", "(a.float() + b.float()).square()", "losses"),
+    ("ddpm loss: without noise in the picture", A,
+     "    x_t = sd.schedule.add_noise(x_0, noise, t)\n", "    x_t = x_0\n", "losses"),
+    ("erase loss: pulls towards the concept", A,
+     "return eps_empty - eta * (eps_c - eps_empty)", "return eps_empty + eta * (eps_c - eps_empty)",
+     "losses"),
+    ("erase loss: the target is the concept itself", A,
+     "target = esd_target(z.eps_c, z.eps_empty, config.eta)", "target = z.eps_c", LOSSES),
+    ("erase loss: the target is the empty prompt alone", A,
+     "target = esd_target(z.eps_c, z.eps_empty, config.eta)", "target = z.eps_empty", LOSSES),
+    ("erase loss: eta has no effect", A,
+     "target = esd_target(z.eps_c, z.eps_empty, config.eta)",
+     "target = esd_target(z.eps_c, z.eps_empty, 1.0)", LOSSES),
+    ("erase loss: the prefix found is not used", A,
+     "                context = encode_with_prefix(sd, ids[z.prompt], delta)\n\n",
+     "                context = sd.text_encoder(ids[z.prompt])\n\n", LOSSES),
+    ("erase loss: the prefix is in front of another prompt", A,
+     "                context = encode_with_prefix(sd, ids[z.prompt], delta)\n\n",
+     "                context = encode_with_prefix(sd, ids[1 - z.prompt], delta)\n\n", LOSSES),
+    ("erase loss: in warm-up of another prompt", A,
+     "sd.text_encoder(ids[z.prompt]), None", "sd.text_encoder(ids[1 - z.prompt]), None", LOSSES),
+    ("inner attack: aims at the empty prompt", A,
+     "return attack_loss(sd, z.x_t, z.t, context, z.eps_c)",
+     "return attack_loss(sd, z.x_t, z.t, context, z.eps_empty)", LOSSES),
+    ("inner attack: runs from the target", A,
+     "return attack_loss(sd, z.x_t, z.t, context, z.eps_c)",
+     "return -attack_loss(sd, z.x_t, z.t, context, z.eps_c)",
+     "attacks::test_each_row_of_the_inner_attack_keeps_its_prompt"),
+    ("inner attack: latents of any prompt", A,
+     "        z = draw(len(delta), generator, prompt)\n        context = encode_with_prefix",
+     "        z = draw(len(delta), generator)\n        context = encode_with_prefix",
+     "attacks::test_each_row_of_the_inner_attack_keeps_its_prompt"),
+    ("inner attack: gives the first prefix, not the last", A,
+     "*_, (delta, _, losses) = run_attack(", "(delta, _, losses), *_ = run_attack(", LOSSES),
+    ("inner attack: a prefix one token longer", A,
+     "return Attack(config.attack, steps, lr, config.prefix, config.attack_radius)",
+     "return Attack(config.attack, steps, lr, config.prefix + 1, config.attack_radius)", LOSSES),
+    ("inner attack: the radius has no effect", A,
+     "return Attack(config.attack, steps, lr, config.prefix, config.attack_radius)",
+     "return Attack(config.attack, steps, lr, config.prefix)",
+     "behaviour::test_the_radius_bounds_the_prefix_in_training"),
+    ("inner attack: the radius bounds the value, not the move", A,
+     "delta.copy_(delta_0 + (delta - delta_0).clamp(-attack.radius, attack.radius))",
+     "delta.copy_(delta.clamp(-attack.radius, attack.radius))",
+     "behaviour::test_the_radius_bounds_the_prefix_in_training"),
+    ("inner attack: starts at tokens that are not legal", A,
+     "start = random_tokens(sd, (n, attack.k), generator)",
+     "start = torch.full((n, attack.k), sd.tokenizer.eos_token_id)", LOSSES),
+    ("inner attack: one token for the whole prefix to start from", A,
+     "start = random_tokens(sd, (n, attack.k), generator)",
+     "start = random_tokens(sd, (n, 1), generator).expand(n, attack.k)", LOSSES),
+    ("inner attack: gradients pile up", A,
+     "delta.grad = torch.autograd.grad(losses.sum(), delta)[0]", "losses.sum().backward()",
+     "attacks::test_embedding_attack_does_not_pile_up_gradients"),
+    ("inner attack: the fast step climbs", A,
+     "delta -= attack.lr * delta.grad.sign()", "delta += attack.lr * delta.grad.sign()",
+     "attacks::test_embedding_attack_lowers_its_loss[fast-None]"),
+    ("inner attack: the fast step forgets the number of steps", A,
+     "steps, lr = 1, steps * lr", "steps, lr = 1, lr", HANDED),
+    ("inner attack: of tokens with the rate of embeddings", A,
+     "lr = config.token_lr  # moves p", "lr = config.attack_lr  # moves p", HANDED),
+    ("token attack: the loss sees the soft mixture", A,
+     "losses = loss_of(hard + soft - soft.detach())", "losses = loss_of(soft)", DRAWN),
+    ("token attack: the likeliest token instead of a draw", A,
+     "drawn = torch.multinomial(p.detach().flatten(0, 1).cpu(), 1, generator=generator)",
+     "drawn = p.detach().flatten(0, 1).cpu().argmax(-1)", DRAWN),
+    ("token attack: gives the tokens drawn, not the likeliest", A,
+     "yield legal.to(table.device)[p.argmax(-1)], losses.detach()",
+     "yield legal.to(table.device)[drawn.view(n, attack.k)], losses.detach()", DRAWN),
+    ("token attack: no gradient passes", A,
+     "losses = loss_of(hard + soft - soft.detach())", "losses = loss_of(hard + 0 * soft)",
+     "attacks::test_token_attack_follows_its_gradient_to_the_legal_token_that_lowers_the_loss"),
+    ("token attack: does not project onto the simplex", A,
+     "            p.copy_(project_simplex(p))\n", "            p.clamp_(min=0)\n",
+     "attacks::test_token_attack_draws_from_distributions_at_each_step"),
+    ("projection onto the simplex: one coordinate too many", A,
+     "(u > excess).sum(-1, keepdim=True) - 1", "(u > excess).sum(-1, keepdim=True)", "attacks"),
+    ("prefix: behind the prompt's first token", A,
+     "cat([tokens[:, :1], delta, tokens[:, 1 :", "cat([tokens[:, :2], delta, tokens[:, 2 :",
+     "attacks"),
+    ("legal tokens: all of them", A,
+     "if text.isprintable() and row[1:-1] == [i]])", "if text.isprintable()])", "attacks"),
+    ("room for the prefix: one token too many", A,
+     "if length + k > sd.context_length:", "if length + k > sd.context_length + 1:",
+     "attacks::test_room_is_counted_in_tokens"),
+    ("bank: the seed has no effect", A,
+     "first_seed = 1_000_000 * (config.seed + 1)", "first_seed = 1_000_000", SEEDED),
+    ("bank: the evaluation's seeds", A,
+     "first_seed = 1_000_000 * (config.seed + 1)", "first_seed = 100 * config.seed", SEEDED),
+    ("bank: without guidance", A, "steps, guidance=3.0)", "steps, guidance=1.0)",
+     "behaviour::test_the_bank_is_sampled_under_guidance_3"),
+    ("bank: guidance of pictures", A, "steps, guidance=3.0)", "steps, guidance=7.5)",
+     "behaviour::test_the_bank_is_sampled_under_guidance_3"),
+    ("bank: eps_c and eps_empty are swapped", A,
+     "kept = [Latents(rows, torch.full_like(rows, t), x_t, eps_c, eps_empty)",
+     "kept = [Latents(rows, torch.full_like(rows, t), x_t, eps_empty, eps_c)", LOSSES),
+    ("bank: only the first half of each run", A,
+     "islice(run, steps if stop is None else stop + 1)",
+     "islice(run, steps // 2 if stop is None else stop + 1)",
+     "attacks::test_latents_are_drawn_of_the_prompts_asked_for_all_of_them"),
+    ("training: the draws' seed has no effect", A,
+     "    generator = torch.Generator().manual_seed(config.seed)\n    loop = resumable",
+     "    generator = torch.Generator().manual_seed(0)\n    loop = resumable", SEEDED),
+    ("training: warm-up is ignored", A, "plain = (i < config.warmup or config",
+     "plain = (config", SHARE),
+    ("training: one step of warm-up too many", A, "plain = (i < config.warmup or config",
+     "plain = (i <= config.warmup or config", SHARE),
+    ("training: plain_share has no effect", A,
+     "or torch.rand((), generator=generator) < config.plain_share)", ")", SHARE),
+    ("training: plain_share is the share of attacks", A,
+     "torch.rand((), generator=generator) < config.plain_share",
+     "torch.rand((), generator=generator) >= config.plain_share", SHARE),
+    ("training: gamma has no effect", A, "(l_erase + config.retain_weight * l_retain).backward()",
+     "(l_erase + l_retain).backward()", GAMMA),
+    ("training: without the retain loss", A,
+     "(l_erase + config.retain_weight * l_retain).backward()", "l_erase.backward()", GAMMA),
+    ("retain loss: another prompt's context", A,
+     "context = sd.text_encoder(retain_ids[z.prompt])",
+     "context = sd.text_encoder(retain_ids[1 - z.prompt])", LOSSES),
+    ("retain loss: the contexts of the prompts to erase", A,
+     "context = sd.text_encoder(retain_ids[z.prompt])",
+     "context = sd.text_encoder(ids[z.prompt])", LOSSES),
+    ("retain loss: keeps what the empty prompt gives", A,
+     "l_retain = retain_loss(sd, z.x_t, z.t, context, z.eps_c).mean()",
+     "l_retain = retain_loss(sd, z.x_t, z.t, context, z.eps_empty).mean()", LOSSES),
+    ("layers: the last instead of the first", A,
+     "parts = [layers[: config.layers]] if config.layers",
+     "parts = [layers[-config.layers :]] if config.layers", "run::test_layers_and_embeddings_are_"
+     "trained_as_asked"),
+    ("training: changes the original model", A,
+     "copy.deepcopy(getattr(sd_o, part)).float()", "getattr(sd_o, part)",
+     "run::test_whole_text_encoder_is_trained_and_nothing_else"),
+    # --- attacks of the evaluation
+    ("evaluation attack: aims at the next row's picture", A,
+     "    x_0 = sd.vae.encode(2 * pictures - 1)\n",
+     "    x_0 = sd.vae.encode(2 * pictures - 1).roll(1, 0)\n", TOGETHER),
+    ("evaluation attack: pictures are not brought to [-1, 1]", A,
+     "x_0 = sd.vae.encode(2 * pictures - 1)", "x_0 = sd.vae.encode(pictures)", TOGETHER),
+    ("evaluation attack: pictures of the first rows once some drop out", A,
+     "return ddpm_loss(sd, x_0[left], t[left], noise[left], context)",
+     "return ddpm_loss(sd, x_0[: len(left)], t[left], noise[left], context)", TOGETHER),
+    ("evaluation attack: noise of the first rows once some drop out", A,
+     "return ddpm_loss(sd, x_0[left], t[left], noise[left], context)",
+     "return ddpm_loss(sd, x_0[left], t[left], noise[: len(left)], context)", TOGETHER),
+    ("evaluation attack: prefixes of the first rows once some drop out", A,
+     "        context = encode_with_prefix(sd, ids[left], delta[left])\n        return ddpm_loss",
+     "        context = encode_with_prefix(sd, ids[left], delta[: len(left)])\n        return "
+     "ddpm_loss", TOGETHER),
+    ("evaluation attack: prompts of the first rows once some drop out", A,
+     "        context = encode_with_prefix(sd, ids[left], delta[left])\n        return ddpm_loss",
+     "        context = encode_with_prefix(sd, ids[: len(left)], delta[left])\n        return "
+     "ddpm_loss", TOGETHER),
+    ("evaluation attack: t below 500 only", A,
+     "t = torch.randint(len(sd.schedule.alpha_bar), (len(x_0),), generator=generator)",
+     "t = torch.randint(500, (len(x_0),), generator=generator)", RANDOM),
+    ("evaluation attack: its seed has no effect", A,
+     "    generator = torch.Generator().manual_seed(config.seed)\n    ids = tokenize_with_room",
+     "    generator = torch.Generator().manual_seed(0)\n    ids = tokenize_with_room", RANDOM),
+    ("evaluation attack: learning rates are swapped", A,
+     'lr = config.token_lr if kind == "token" else EMBEDDING_LR',
+     'lr = EMBEDDING_LR if kind == "token" else config.token_lr', RATE),
+    ("evaluation attack: the longer prefix is no longer", A,
+     "lr, config.eval_prefix + longer)", "lr, config.eval_prefix)", RATE),
+    ("evaluation attack: the token attack shows embeddings", A,
+     "            context = sd.encode_prompt(texts)\n",
+     "            context = encode_with_prefix(sd, ids[left], delta[left])\n", LOOKS),
+    ("evaluation attack: its text lacks the prompt", A,
+     'texts = [f"{prefix} {prompts[i]}" for i', "texts = [prefix for i", LOOKS),
+    ("evaluation attack: texts of other prompts once some drop out", A,
+     'f"{prefix} {prompts[i]}" for i, prefix in zip(left, prefixes)]',
+     'f"{prefix} {prompts[i]}" for i, prefix in enumerate(prefixes)]', LOOKS),
+    ("evaluation attack: those that show the concept are kept, the others dropped", A,
+     "zip(left, broken) if not shows]", "zip(left, broken) if shows]",
+     "attacks::test_who_shows_the_concept_is_attacked_no_more"),
+    ("inversion: not optimised", A,
+     "    *_, (v, _) = embedding_attack(table, start, loss_of, attack)\n",
+     "    v = table[start]\n", INVERTED),
+    ("inversion: v one place too far left", A, "torch.where((ids == star)[..., None], v,",
+     "torch.where((ids == star).roll(-1, 1)[..., None], v,", INVERTED),
+    ("inversion: another prompt's picture", A,
+     "return ddpm_loss(sd, x_0[i], t, noise, encode(ids[i], v))",
+     "return ddpm_loss(sd, x_0[i], t, noise, encode(ids[i - 1], v))", INVERTED),
+    ("inversion: learns from the first pictures alone", A,
+     "i = torch.randint(len(prompts), (n,), generator=generator)", "i = torch.arange(n)", INVERTED),
+    ("inversion: learnt from every concept's first pictures", E,
+     'evaluation_set.original["rows"][own], config)',
+     'evaluation_set.original["rows"][: len(own)], config)',
+     "compare::test_each_concept_is_inverted_by_an_embedding_of_its_own"),
+    # --- figures
+    ("targets of an attack: the first rows'", E, 'targets = evaluation_set.original["rows"][which]',
+     'targets = evaluation_set.original["rows"][: len(which)]', RATES),
+    ("an attack's record is its first look", E,
+     '            records[i] = {"broken": flag,',
+     '            records[i] = records[i] or {"broken": flag,', RATES),
+    ("ASR: without prompts that show the concept anyway", E,
+     'flags = [d["without_attack"] or d["broken"] for', 'flags = [d.get("broken", False) for',
+     RATES),
+    ("ASR: over the attacked prompts alone", E, 'for d in details[kind]]\n        figures[',
+     'for d in details[kind] if not d["without_attack"]]\n        figures[', RATES),
+    ("ASR: attacks prompts that show the concept", E,
+     'enumerate(details["rows"]) if not detail["shown"]]',
+     'enumerate(details["rows"]) if detail["shown"]]', RATES),
+    ("rates: counts labels that the judge does not know", E,
+     'for d in details[part] if known is None or d["label"] in known]', "for d in details[part]]",
+     RATES),
+    ("rates: any row's label counts", E, "return [row.label in names for names, row in",
+     "return [any(r.label in names for r in rows) for names, row in", RATES),
+    ("rates: another row's picture", E, "(evaluation_set.classifier, pictures, rows))",
+     "(evaluation_set.classifier, pictures.flip(0), rows))", RATES),
+    ("parts: pictures of one part count for another", E, "for part in PARTS]\n    return",
+     "for part in sorted(PARTS)]\n    return", RATES),
+    ("Wilson interval: without the term of n", E, "z2 / (4 * n * n))", "0)", "losses"),
+    ("CLIP score: of other prompts", E, "prompts = [row.prompt for row in evaluation_set.utility]",
+     "prompts = [row.prompt for row in evaluation_set.rows]", RATES),
+    ("CLIP score: of other pictures", E, 'evaluation_set.clip_score(prompts, drawn["utility"])',
+     'evaluation_set.clip_score(prompts, evaluation_set.original["utility"])', RATES),
+    ("Frechet distance: of the model to itself", E,
+     'features(evaluation_set.original["utility"])', 'features(drawn["utility"])', RATES),
+    ("Frechet distance: of the concept's pictures", E, 'features(drawn["utility"]))',
+     'features(drawn["rows"]))', RATES),
+    ("pictures: one seed for a batch", E, "seed=[row.seed for row in batch]",
+     "seed=[batch[0].seed for row in batch]", OWN),
+    ("pictures: one guidance for all", E, "guidance=[row.guidance for row in batch]",
+     "guidance=[7.5 for row in batch]", OWN),
+    ("pictures: each batch has the first contexts", E,
+     "c = context[i : i + config.eval_batch]", "c = context[: len(batch)]", OWN),
+    # --- judges
+    ("Frechet distance: adds the product of covariances", J, "s_b.trace() - 2 * product)",
+     "s_b.trace() + 2 * product)", "compare::test_frechet_distance_is_the_closed_form"),
+    ("Frechet distance: without the means", J, "(mean + s_a.trace()", "(0 * mean + s_a.trace()",
+     "compare::test_frechet_distance_is_the_closed_form"),
+    ("judge: pictures are not normalised", J, "return (x - mean.to(x)) / std.to(x)",
+     "return x", "compare::test_preparation_resizes_crops_and_normalises"),
+    ("judge: the least likely text", J,
+     "likeliest = (self.features(pictures) @ self.texts.T).argmax(-1)",
+     "likeliest = (self.features(pictures) @ self.texts.T).argmin(-1)",
+     "compare::test_classifiers_of_the_hub"),
+    ("judge: a comma does not part two names", J, 'for name in label.split(",")}',
+     'for name in [label]}', "compare::test_classifiers_of_the_hub"),
+    ("toy CLIP score: of the prompt's start, not its end", J, "end = ids.argmax(-1)  #",
+     "end = ids.argmin(-1)  #", "compare::test_toy_clip_score_prefers_the_right_prompt"),
+    # --- comparison
+    ("comparison: pooled rates are the mean of percentages, over too few", C,
+     'n = sum(cell["n"] for cell in cells)', 'n = cells[0]["n"]',
+     "compare::test_pooled_seeds_keep_the_counts"),
+    ("comparison: shows prompts that need no attack", C,
+     'if not d["without_attack"] and d["broken"]]', 'if d["without_attack"] or d["broken"]]',
+     "compare::test_the_comparisons_picture_shows_what_the_attack_breaks_in_the_first_row"),
+    ("comparison: naive AT has a retain loss", A, '"naive AT": other,', '"naive AT": {},', ROWS),
+    ("comparison: fast AT is the ordinary one", A,
+     '"AdvUnlearn, fast AT": dict(attack="fast")', '"AdvUnlearn, fast AT": {}', ROWS),
+    ("comparison: ESD with as many steps as AdvUnlearn", A,
+     "steps=times * config.steps", "steps=config.steps", ROWS),
+    ("comparison: ESD-x and ESD-u are swapped", A,
+     'published = "cross_attention" if', 'published = "no_cross_attention" if', "compare::"
+     "test_esd_is_the_published_one_for_each_kind"),
+    # --- prompts
+    ("prompts: the retain set keeps the concept", P, "zip(prompts, named) if not names]",
+     "zip(prompts, named)]", "run::test_retain_set_loses_prompts_that_name_the_concept"),
+    ("prompts: a word within another counts as the concept", P,
+     """return re.compile(f"{EDGE}(?:{'|'.join(every)}){EDGE}")""",
+     """return re.compile(f"(?:{'|'.join(every)})")""",
+     "prompts::test_a_concept_is_not_found_within_another_word"),
+    ("prompts: plurals are not found", P, "for form in with_plurals(word)]",
+     "for form in [folded(word)]]", "prompts::test_a_concept_is_found_as_it_is_written"),
+    ("prompts: those that were erased evaluate", P,
+     "unseen = phrasings[config.phrasings :] or phrasings", "unseen = phrasings",
+     "compare::test_prompts_of_evaluation_are_not_those_of_training"),
+    ("prompts: a prompt that does not fit is kept", P, "if length > room:", "if length > room + 1:",
+     "prompts::test_room_for_the_prefix_is_counted_to_the_token"),
+    ("prompts: guidance is taken from the seed", P,
+     'guidance = read_number(record.where, column, record.text("guidance"), float)',
+     'guidance = read_number(record.where, column, record.text("seed"), float)',
+     "prompts::test_columns_go_by_all_their_names"),
+    # --- diffusion
+    ("schedule: beta is linear, not the square of a line", S,
+     "torch.linspace(lo**0.5, hi**0.5, steps, dtype=torch.float32) ** 2",
+     "torch.linspace(lo, hi, steps, dtype=torch.float32)",
+     "sd_mini::test_alpha_bar_is_the_running_product"),
+    ("schedule: noise without its square root", S, "(1 - alpha_bar).sqrt() * noise",
+     "(1 - alpha_bar) * noise", "sd_mini::test_add_noise_keeps_the_variance"),
+    ("schedule: DDIM keeps the noise of t", S, "prev.sqrt() * x_0 + (1 - prev).sqrt() * eps",
+     "prev.sqrt() * x_0 + (1 - now).sqrt() * eps",
+     "sd_mini::test_ddim_step_with_the_true_noise_moves_along_the_forward_process"),
+    ("schedule: ends at alpha_bar 1", S,
+     'torch.tensor(1.0) if self.config["set_alpha_to_one"] else self.alpha_bar[0]',
+     "torch.tensor(1.0)", "sd_mini::test_the_last_step_ends_at_alpha_bar_0"),
+    ("schedule: time steps without their offset", S,
+     "[i * (total // steps) + offset for i", "[i * (total // steps) for i",
+     "sd_mini::test_timesteps_are_those_of_stable_diffusion"),
+    ("schedule: v is taken with the wrong sign", S,
+     "alpha_bar.sqrt() * v + (1 - alpha_bar)", "alpha_bar.sqrt() * -v + (1 - alpha_bar)",
+     "sd_mini::test_v_to_eps_inverts_the_definition_of_v"),
+    ("guidance: from the concept instead of the empty prompt", S,
+     "return eps_empty + guidance * (eps_c - eps_empty)",
+     "return eps_c + guidance * (eps_c - eps_empty)",
+     "sd_mini::test_guidance_one_is_the_conditional_model"),
+    ("pipeline: eps_c and eps_empty are swapped", D,
+     "both = torch.cat([context, self.encode_prompt([\"\"]).expand_as(context)])",
+     "both = torch.cat([self.encode_prompt([\"\"]).expand_as(context), context])",
+     "run::test_bank_holds_what_the_frozen_model_predicts"),
+    ("pipeline: one noise for the whole batch", D, "            for seed in seeds\n",
+     "            for seed in seeds[:1] * len(seeds)\n",
+     "sd_mini::test_a_picture_depends_on_its_own_prompt_and_seed_alone"),
+    ("pipeline: each step goes two strides", D, "guidance), t, t - stride",
+     "guidance), t, t - 2 * stride", "sd_mini::test_guidance_one_is_the_conditional_model"),
+    ("pipeline: pictures are not brought to [0, 1]", D, "(self.vae.decode(z) / 2 + 0.5)",
+     "self.vae.decode(z)", "sd_mini::test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1"),
+]
+
+
+def node(test):
+    name, _, function = test.partition("::")
+    return f"tests/test_{name}.py" + (f"::{function}" if function else "")
+
+
+def caught(folder, file, text, wrong, test):
+    """Does the test fail in the copy `folder`, with that one change? It is taken back after."""
+    path = folder / file
+    right = path.read_text(encoding="utf-8")
+    path.write_text(right.replace(text, wrong), encoding="utf-8")
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", node(test)],
+            cwd=folder, capture_output=True, text=True,
+            env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"})
+    finally:
+        path.write_text(right, encoding="utf-8")
+    if done.returncode not in (0, 1):  # no test ran: not caught, but mistaken
+        raise RuntimeError(f"{node(test)} did not run\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return done.returncode == 1
+
+
+def main(word=""):
+    """-> the exit status."""
+    chosen = [mutant for mutant in MUTANTS if word in mutant[0]]
+    with tempfile.TemporaryDirectory() as root, ThreadPoolExecutor(AT_ONCE) as threads:
+        folders = Queue()
+        for i in range(AT_ONCE):
+            leave_out = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache")
+            folders.put(shutil.copytree(ROOT, Path(root) / str(i), ignore=leave_out))
+
+        def try_one(mutant):
+            folder = folders.get()
+            try:
+                return caught(folder, *mutant[1:])
+            finally:
+                folders.put(folder)
+
+        passed = []
+        for mutant, found in zip(chosen, threads.map(try_one, chosen)):
+            print(f"{'caught' if found else 'PASSED'}  {Path(mutant[1]).name:14} {mutant[0]}",
+                  flush=True)
+            passed += [] if found else [mutant[0]]
+    print(f"{len(chosen)} wrong versions, {len(chosen) - len(passed)} caught, {len(passed)} passed")
+    return int(len(passed) > MAY_PASS)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:2]))

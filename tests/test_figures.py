@@ -1,0 +1,169 @@
+"""What the figures of an evaluation are made of: closed forms on rows made by hand.
+
+The rest of `test_behaviour.py`, for pictures, rates, inversion and the comparison's rows.
+"""
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import advunlearn as au
+from sd_mini.lab import classifiers, evaluation, settings
+from sd_mini.lab.evaluation import EvaluationSet
+from sd_mini.lab.prompts import Row, read_concepts
+
+from .test_run import SMALL
+
+SHOWS = ["nothing", "church", "boat", "house"]  # a picture of one number shows this
+
+
+class Numbers:
+    """A model and a classifier whose pictures are one number each: the context itself."""
+
+    known, device, calls = {"church", "boat", "house"}, "cpu", []
+
+    def encode_prompt(self, prompts):
+        return torch.tensor([[float(prompt.split()[-1])] for prompt in prompts])
+
+    def sample(self, context, seed, steps, guidance):
+        self.calls.append((context.flatten().tolist(), seed, steps, guidance))
+        return context.view(-1, 1, 1, 1)
+
+    def names(self, pictures):
+        return [{SHOWS[int(i)]} for i in pictures.flatten()]
+
+    def features(self, pictures):
+        return pictures.flatten(1)
+
+
+def rows(*pairs, first=0):
+    """("church 1", ...): prompts for the first word, of which the picture is the number."""
+    return [Row(pair, first + i, 2.0 + i, pair.split()[0]) for i, pair in enumerate(pairs)]
+
+
+@pytest.fixture
+def made():
+    """Of rows 1 of 4 shows the concept, paraphrases 2 of 3, and so on; whales are not judged."""
+    numbers, asked = Numbers(), []
+
+    def clip_score(prompts, pictures):
+        asked.append((prompts, pictures.flatten().tolist()))
+        return [0.25, 0.5, 0.5, 0.75]
+
+    made = EvaluationSet(
+        rows("church 0", "church 1", "church 0", "church 2"),
+        rows("church 1", "church 0", "church 1", first=10), rows("boat 2", "boat 3", first=20),
+        rows("house 3", first=30), rows("boat 2", "house 2", "house 3", "whale 0", first=40),
+        numbers, clip_score, ["church"])
+    original = {"rows": torch.arange(4.0).view(4, 1, 1, 1) + 100,
+                "utility": torch.tensor([5.0, 6, 7, 9]).view(4, 1, 1, 1)}
+    return numbers, made._replace(original=original), asked
+
+
+CONFIG = replace(SMALL, eval_attacks=("one",), eval_batch=2, eval_steps=7)
+
+
+def test_rates_count_what_they_say(made, monkeypatch):
+    """ASR is what shows without attack, plus what the attack newly breaks, over all prompts."""
+    numbers, prompts, asked = made
+    given, distances = [], []
+
+    def attack(sd, texts, targets, look, config):
+        given.append((texts, targets.flatten().tolist()))
+        flags = look(3, [0, *range(1, len(texts))], torch.zeros(len(texts), 1), None)
+        assert not any(flags)
+        shown = [float(text == "church 2") for text in texts]  # breaks the last row alone
+        look(6, [*range(len(texts))], torch.tensor(shown)[:, None], [f"x {t}" for t in texts])
+
+    monkeypatch.setattr(classifiers, "frechet_distance",
+                        lambda a, b: distances.append((a, b)) or 8.0)
+    method = au.METHOD._replace(attacks={"one": attack})
+    drawn = evaluation.draw_all(numbers, prompts, CONFIG)
+    assert drawn["utility"].flatten().tolist() == [2, 2, 3, 0]
+    figures, pictures = evaluation.evaluate(numbers, method, prompts, drawn, CONFIG)
+    rates = {name: (figure["rate"], figure["n"]) for name, figure in figures.items()
+             if isinstance(figure, dict) and "rate" in figure}
+    assert rates == {"pre_attack_asr": (1 / 4, 4), "one_asr": (2 / 4, 4),
+                     "paraphrase_asr": (2 / 3, 3), "neighbours": (1 / 2, 2), "styles": (1, 1),
+                     "utility": (2 / 3, 3)}
+    for name, figure in rates.items():
+        low, high = evaluation.wilson(round(figure[0] * figure[1]), figure[1])
+        assert (figures[name]["low"], figures[name]["high"]) == (low, high)
+    assert given == [(["church 0", "church 0"], [100, 102]), (["church 2"], [103])]
+    assert pictures["one"].flatten().tolist() == [0, 1, 0, 1]  # row 1 as it was without attack
+    details = figures["details"]["one"]
+    assert [d["without_attack"] for d in details] == [False, True, False, False]
+    assert [d.get("broken") for d in details] == [False, None, False, True]
+    assert details[3]["adversarial_prompt"] == "x church 2" and details[3]["step"] == 6
+    assert asked == [(["boat 2", "house 2", "house 3", "whale 0"], [2, 2, 3, 0])]
+    assert figures["clip_score"] == 0.5 and figures["frechet"] == 8
+    [(a, b)] = distances
+    assert a.flatten().tolist() == [5, 6, 7, 9] and b.flatten().tolist() == [2, 2, 3, 0]
+
+
+def test_each_picture_has_its_own_seed_guidance_and_context(made):
+    numbers, prompts, _ = made
+    numbers.calls.clear()
+    evaluation.draw_rows(numbers, prompts.utility[:3], CONFIG)
+    evaluation.draw_rows(numbers, prompts.utility[:3], CONFIG, torch.tensor([[7.0], [8], [9]]))
+    assert numbers.calls == [
+        ([2, 2], [40, 41], 7, [2, 3]), ([3], [42], 7, [4]),
+        ([7, 8], [40, 41], 7, [2, 3]), ([9], [42], 7, [4])]
+
+
+def test_the_inversion_learns_its_embedding_from_each_prompts_picture(sd, monkeypatch):
+    """v stands at the * alone, is Adam's last, and each loss pairs a prompt with its picture."""
+    table, losses, runs = sd.text_encoder.embeddings.token_embedding.weight, [], []
+    prompts, real = ["a photo of a *", "* a boat", "a * at night"], au.embedding_attack
+    targets = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    x_0, ids = sd.vae.encode(2 * targets - 1), sd.tokenize(prompts)
+
+    def context_of(rows, v):
+        where = (ids[rows] == sd.tokenizer("*").input_ids[1])[..., None]
+        return sd.text_encoder(embeddings=torch.where(where, v, table[ids[rows]]))
+
+    def loss(sd, x, t, noise, context):
+        losses.append((x, t, context.detach()))
+        return context.square().flatten(1).mean(1)
+
+    def embedding_attack(table, start, loss_of, attack):
+        runs.append((start, attack, [*real(table, start, loss_of, attack)]))
+        return runs[-1][2]
+
+    monkeypatch.setattr(au, "ddpm_loss", loss)
+    monkeypatch.setattr(au, "embedding_attack", embedding_attack)
+    config = replace(SMALL, eval_batch=2, eval_attack_steps=30)
+    found = au.inversion_attack(sd, prompts, targets, config)
+    [(start, attack, steps)] = runs
+    assert attack[1:4] == (30, au.EMBEDDING_LR, 1) and len(losses) == 30
+    assert_close(found, context_of([0, 1, 2], steps[-1][0]))
+    assert (steps[-1][0] - table[start]).abs().max() > 0.05
+    assert max(int(t.max()) for _, t, _ in losses) > 900
+    used = set()
+    for v, (x, _, context) in zip([table[start], *(delta for delta, _ in steps)], losses):
+        rows = [int((each - x_0).flatten(1).abs().sum(1).argmin()) for each in x]
+        used |= {*rows}
+        assert_close(x, x_0[rows], rtol=1e-3, atol=1e-3)
+        assert_close(context, context_of(rows, v), rtol=1e-3, atol=1e-3)
+    assert used == {0, 1, 2}
+
+
+def test_each_row_of_the_comparison_changes_what_its_name_says(sd):
+    """All of them, for the toy's settings."""
+    config = au.Config(**{**settings.TOY, **au.TOY})
+    kinds = dict(eval_attacks=("token", "random", "embedding"))
+    layers = {n: dict(layers=n, train_embeddings=False) for n in range(5)}
+    assert au.comparison_rows(sd, read_concepts("church"), config) == {
+        "original": None,
+        "ESD": dict(kinds, attack="none", retain_weight=0.0, train="no_cross_attention",
+                    steps=600, lr=2e-4, eta=4.0),
+        "ESD, text encoder": dict(kinds, attack="none", retain_weight=0.0),
+        "naive AT": dict(kinds, retain_weight=0.0),
+        "AdvUnlearn": {},
+        "AdvUnlearn, UNet": dict(train="unet"),
+        "AdvUnlearn, fast AT": dict(attack="fast"),
+        "AdvUnlearn, token attack": dict(attack="token"),
+        **{f"AdvUnlearn, layers {n or 'all'}": changes for n, changes in layers.items()},
+        "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
+        "AdvUnlearn, other retain set": dict(retain_set="photos")}
