@@ -12,11 +12,9 @@ import torch
 
 from .test_run import erase
 
-# (erase, attack, retain) of each iteration, one a line. One thread and two give losses of the text
-# encoder that differ by 3 %; these lie between.
+# (erase, attack, retain) of each iteration. One thread and two give losses of the text encoder that
+# differ by up to 2 %; these lie between.
 LOSSES = {
-    # (erase, attack, retain) of each iteration. Between those of one thread and of two, which differ
-    # by up to 2 %.
     "text_encoder": [
         0.7563, 0.0, 3.129e-14, 0.124, 0.0, 8.236e-05, 0.03667, 0.003477, 0.003078,
         0.1534, 0.02311, 0.02096, 0.08852, 0.02517, 0.001042, 0.1574, 0.005126, 0.0005871],
