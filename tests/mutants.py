@@ -204,7 +204,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      'lr = config.token_lr if kind == "token" else EMBEDDING_LR',
      'lr = EMBEDDING_LR if kind == "token" else config.token_lr', RATE),
     ("evaluation attack: the longer prefix is no longer", A,
-     "lr, config.eval_prefix + longer)", "lr, config.eval_prefix)", RATE),
+     "config.eval_prefix + config.eval_longer * longer", "config.eval_prefix", RATE),
     ("evaluation attack: the token attack shows embeddings", A,
      "            context = sd.encode_prompt(texts)\n",
      "            context = encode_with_prefix(sd, ids[left], delta[left])\n", LOOKS),

@@ -143,9 +143,9 @@ LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guid
            "details", "results", "erased", "token", "prompt", "evaluation_seed", "sd_mini",
            "evaluation_guidance", "sd_seed", "sd_guidance_scale", "diffusers", "huggingface_hub",
            "HF_HOME", "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at",
-           "attack_init", "hardtanh", "pytest", "torchrun", "python", "imagenet", "coco", "unet", "ID",
-           "world.ERASED", "samples.png", "losses.png", "results.json", "table.md", "compare.png",
-           "tradeoff.png", "grade.json", "forget.py"}
+           "attack_init", "hardtanh", "pytest", "torchrun", "python", "imagenet", "coco", "unet",
+           "ID", "world.ERASED", "samples.png", "losses.png", "results.json", "table.md",
+           "compare.png", "tradeoff.png", "grade.json", "forget.py"}
 
 
 @pytest.mark.parametrize("name", DOCS)
