@@ -14,7 +14,7 @@ UNet, VAE and schedule. It is used through these calls, for N prompts or picture
     sd.predict_noise(x_t, t, context)   -> eps_theta(x_t | c), like x_t
     sd.denoise(x_T, context, ...)       the sampler: yields t, x_t, eps_c, eps_empty at each step
     sd.schedule.add_noise(x_0, eps, t)  -> x_t
-    sd.text_encoder(sd.tokenize(...))   -> context, from ids (N, L) or embeddings (N, L, D)
+    sd.encode(sd.tokenize(prompts))     -> context, from ids (N, L) or embeddings (N, L, D)
 
 Notation
     theta, theta_o  the weights in training; the original, frozen ones. In code: `sd` and `sd_o`
@@ -49,6 +49,7 @@ from sd_mini.lab import Method, Settings, answer_help, main, setting
 attack_setting, retain_setting = partial(setting, group="attack"), partial(setting, group="retain")
 KINDS = ("embedding", "token", "fast", "none")
 TRAINED = ("text_encoder", "unet", "cross_attention", "no_cross_attention")
+EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
 
 
 @dataclass
@@ -112,7 +113,7 @@ if __name__ == "__main__":
 import torch  # noqa: E402
 
 from sd_mini.lab.ranks import share  # noqa: E402, map, divided among processes
-from sd_mini.lab.runs import check_memory, resumable  # noqa: E402, resumable: a training loop
+from sd_mini.lab.runs import check_memory, placed, read, resumable  # noqa: E402
 
 # ----------------------------------------------------------------------------------- diffusion
 
@@ -163,65 +164,62 @@ class Latents(NamedTuple):
     eps_empty: torch.Tensor  # (N, 4, h, w), eps_o(x_t | empty)
 
 
-def join(parts):
-    return Latents(*map(torch.cat, zip(*parts)))
-
-
 @torch.no_grad()
 def sample_latents(sd_o, prompts, seeds, steps, stop=None):
-    """Guided DDIM runs of the frozen model, one per prompt and seed -> the latents of every step.
+    """The frozen model's DDIM runs, one per prompt and seed -> x_t, eps_c, eps_empty.
 
-    Guided sampling computes both predictions anyway. With `stop` the runs end at that step, and
-    only its latents are kept.
+    Each is (N, steps, 4, h, w): guided sampling computes both predictions anyway. The guidance is
+    as published. `stop`: the first of the steps alone.
     """
-    context = sd_o.encode_prompt(prompts)
-    run = sd_o.denoise(sd_o.initial_noise(seeds), context, steps, guidance=3.0)  # as published
-    rows = torch.arange(len(prompts))
-    kept = [Latents(rows, torch.full_like(rows, t), x_t, eps_c, eps_empty)
-            for t, x_t, eps_c, eps_empty in islice(run, steps if stop is None else stop + 1)]
-    return join(kept if stop is None else kept[-1:])
+    run = sd_o.denoise(sd_o.initial_noise(seeds), sd_o.encode_prompt(prompts), steps, guidance=3.0)
+    latents = [step[1:] for step in islice(run, stop or steps)]
+    return [torch.stack(column, 1) for column in zip(*latents)]
 
 
 def trajectory_bank(sd_o, prompts, config):
-    """All latents of `trajectories` sampling runs -> draw(n, generator, prompt) -> Latents.
+    """All latents of `trajectories` sampling runs -> draw(n, generator, times) -> `times` Latents.
 
-    `prompt` (n,): of which prompts, by index; None: of any. The published code samples again, 1 to
-    50 guided steps, at each step of the attack and of the loop. But x_t and eps_o come from the
-    frozen model: here they are sampled once. And here t is the noise level of x_t: the published
-    chain tells the UNet a t that is 39 to 58 levels higher.
+    Those of a draw have the same n prompts: one is for the erase loss, the others are for the steps
+    of its attack. The published code samples again, 1 to 50 guided steps, for each. But x_t and
+    eps_o come from the frozen model: here they are sampled once. And here t is the noise level of
+    x_t: the published chain tells the UNet a t that is 39 to 58 levels higher.
     """
-    runs = torch.arange(max(config.trajectories, len(prompts)))
-    prompt_of = runs % len(prompts)  # they take turns, each at least once
+    each = math.ceil(config.trajectories / len(prompts))  # runs of each prompt
+    grid = torch.tensor(sd_o.schedule.timesteps(config.trajectory_steps))
     first_seed = 1_000_000 * (config.seed + 1)  # far from the evaluation's seeds
 
-    def sample(rows):
-        seeds = [first_seed + int(row) for row in rows]
-        texts = [prompts[i] for i in prompt_of[rows]]
-        z = sample_latents(sd_o, texts, seeds, config.trajectory_steps)
-        z = z._replace(prompt=prompt_of[rows][z.prompt])
-        return [column.cpu() for column in z]  # at full size 243 retain prompts make 2.4 GB
+    def sample(runs):
+        texts, seeds = [prompts[i // each] for i in runs], [first_seed + i for i in runs]
+        columns = sample_latents(sd_o, texts, seeds, len(grid))
+        return [column.flatten(0, 1).cpu() for column in columns]
 
-    bank = join(share(sample, runs.split(config.eval_batch), "sampling the bank"))
+    runs = range(each * len(prompts))
+    parts = [runs[i : i + config.eval_batch] for i in runs[:: config.eval_batch]]
+    sampled = zip(*share(sample, parts, "sampling the bank"))
+    bank = placed(map(torch.cat, sampled), sd_o.device)
 
-    def draw(n, generator, prompt=None):
-        rows = torch.randint(len(bank.t), (n,), generator=generator)
-        if prompt is not None:
-            own = (bank.prompt == prompt.cpu()[:, None]).float()
-            rows = torch.multinomial(own, 1, generator=generator)[:, 0]
-        return Latents(*(column[rows].to(sd_o.device) for column in bank))
+    def draw(n, generator, times=1):
+        prompt = torch.randint(len(prompts), (n,), generator=generator).expand(times, n)
+        run = torch.randint(each, (times, n), generator=generator)
+        step = torch.randint(len(grid), (times, n), generator=generator)
+        rows = (prompt * each + run) * len(grid) + step
+        columns = [prompt, grid[step], *(column[rows.to(column.device)] for column in bank)]
+        return [Latents(*z) for z in zip(*(column.to(sd_o.device) for column in columns))]
     return draw
 
 
 def sample_afresh(sd_o, prompts, config):
     """For comparison, the published schedule with t of x_t: n sampling runs up to a random step."""
-    def draw(n, generator, prompt=None):
-        if prompt is None:
-            prompt = torch.randint(len(prompts), (n,), generator=generator)
-        stop = int(torch.randint(config.trajectory_steps, (), generator=generator))
-        seeds = torch.randint(2**31, (n,), generator=generator).tolist()
-        texts = [prompts[i] for i in prompt]
-        z = sample_latents(sd_o, texts, seeds, config.trajectory_steps, stop)
-        return z._replace(prompt=prompt)
+    grid = torch.tensor(sd_o.schedule.timesteps(config.trajectory_steps))
+
+    def draw(n, generator, times=1):
+        prompt, drawn = torch.randint(len(prompts), (n,), generator=generator), []
+        for last in torch.randint(len(grid), (times,), generator=generator).tolist():
+            seeds = torch.randint(2**31, (n,), generator=generator).tolist()
+            columns = sample_latents(sd_o, [prompts[i] for i in prompt], seeds, len(grid), last + 1)
+            columns = [prompt, grid[last].expand(n), *(column[:, -1] for column in columns)]
+            drawn.append(Latents(*(column.to(sd_o.device) for column in columns)))
+        return drawn
     return draw
 
 
@@ -240,8 +238,7 @@ def training_attack(config):
     steps, lr = config.attack_steps, config.attack_lr
     if config.attack == "fast":
         steps, lr = 1, steps * lr
-    if config.attack == "token":
-        lr = config.token_lr  # moves p, where attack_lr moves delta
+    lr = config.token_lr if config.attack == "token" else lr  # moves p, and attack_lr delta
     return Attack(config.attack, steps, lr, config.prefix, config.attack_radius)
 
 
@@ -268,7 +265,7 @@ def tokenize_with_room(sd, prompts, k):
 def encode_with_prefix(sd, ids, delta):
     """ids (N, L) and prefix embeddings delta (N, k, D) -> context (N, L, D)."""
     embeddings = sd.text_encoder.embeddings.token_embedding(ids)
-    return sd.text_encoder(embeddings=insert_prefix(embeddings, delta))
+    return sd.encode(insert_prefix(embeddings, delta))
 
 
 def attack_loss(sd, x_t, t, context, eps_c):
@@ -287,8 +284,7 @@ def embedding_attack(table, start, loss_of, attack):
 
     table = E (V, D); start (N, k) ids, whose embeddings are delta_0; loss_of(delta) -> (N,): l_atk
     in training. Yields at each step delta (N, k, D) and the losses before the step. Kind "fast"
-    steps by lr * sign(gradient), the others by Adam. The published code has no radius: there only
-    steps * lr limits the move, to be compared with the standard deviation of E.
+    steps by lr * sign(gradient), the others by Adam. The published code has no radius.
     """
     delta_0 = table[start].detach().float()
     delta = delta_0.clone().requires_grad_(True)
@@ -337,27 +333,27 @@ def token_attack(table, legal, n, loss_of, attack, generator):
     Each step draws a token i per position. The loss sees real tokens; the gradient passes as if p
     itself had been embedded (straight-through). table = E (V, D); legal (V',) ids allowed;
     loss_of(delta) -> (N,). Yields at each step the likeliest ids (N, k) and the losses of the
-    tokens drawn. Source: UnlearnDiffAtk and its code. Weight decay 0.1, by AdamW: Adam would add it
-    to the gradient, which is far smaller.
+    tokens drawn. Source: UnlearnDiffAtk and its code.
     """
     table = table[legal].detach().float()
     p = torch.rand((n, attack.k, len(legal)), generator=generator).to(table.device)
     p = project_simplex(p / p.sum(-1, keepdim=True)).requires_grad_(True)
-    adam = torch.optim.AdamW([p], lr=attack.lr, weight_decay=0.1)
-    for _ in range(attack.steps):
-        drawn = torch.multinomial(p.detach().flatten(0, 1).cpu(), 1, generator=generator)
-        hard = table[drawn.view(n, attack.k).to(table.device)]
+    uniform = torch.rand((attack.steps, n, attack.k, 1), generator=generator).to(table.device)
+    adam = torch.optim.AdamW([p], lr=attack.lr, weight_decay=0.1)  # Adam's would swamp gradients
+    for u in uniform:
+        drawn = (p.detach().cumsum(-1) < u).sum(-1)  # i ~ p, by the inverse distribution function
+        hard = table[drawn.clamp(max=len(legal) - 1)]
         soft = p @ table
         losses = loss_of(hard + soft - soft.detach())
         p.grad = torch.autograd.grad(losses.sum(), p)[0]
         adam.step()
         with torch.no_grad():
             p.copy_(project_simplex(p))
-        yield legal.to(table.device)[p.argmax(-1)], losses.detach()
+        yield legal[p.argmax(-1)], losses.detach()
 
 
 def random_tokens(sd, shape, generator):
-    """Legal ids of that shape, where an embedding attack starts."""
+    """Legal ids of that shape: where an embedding attack starts."""
     legal = legal_tokens(sd.tokenizer)
     return legal[torch.randint(len(legal), shape, generator=generator)].to(sd.device)
 
@@ -366,11 +362,10 @@ def run_attack(sd, attack, n, loss_of, generator):
     """Attack with n prefixes at once: yields (delta (n, k, D), ids (n, k) or None, losses)."""
     table = sd.text_encoder.embeddings.token_embedding.weight
     if attack.kind == "random":  # the control of the token attack: trying, without searching
-        for _ in range(attack.steps):
-            ids = random_tokens(sd, (n, attack.k), generator)
+        for ids in random_tokens(sd, (attack.steps, n, attack.k), generator):
             yield table[ids], ids, None
     elif attack.kind == "token":
-        legal = legal_tokens(sd.tokenizer)
+        legal = legal_tokens(sd.tokenizer).to(sd.device)
         for ids, losses in token_attack(table, legal, n, loss_of, attack, generator):
             yield table[ids].detach(), ids, losses
     else:
@@ -406,20 +401,20 @@ def parameters_to_train(sd, config):
     return [p for part in parts for p in part.parameters()]
 
 
-def adversarial_prefix(sd, ids, prompt, draw, config, generator):
+def adversarial_prefix(sd, ids, latents, attack, generator):
     """Solve the lower level -> (delta (N, k, D), mean l_atk just before its last step).
 
-    Each of the N rows has its own prompt (N,), an index of `ids`, and gets a prefix for that. Each
-    attack step draws new latents of the prompt, so that the prefix works at any t.
+    Each step of the attack has N new `latents`, so that the prefix works at any t. They are of the
+    same N prompts, by index of `ids`: each row gets a prefix for its own prompt.
     """
+    new = iter(latents)
     def loss_of(delta):
-        z = draw(len(delta), generator, prompt)
+        z = next(new)
         context = encode_with_prefix(sd, ids[z.prompt], delta)
         return attack_loss(sd, z.x_t, z.t, context, z.eps_c)
 
-    attack = training_attack(config)
-    *_, (delta, _, losses) = run_attack(sd, attack, len(prompt), loss_of, generator)
-    return delta, losses.mean().item()
+    *_, (delta, _, losses) = run_attack(sd, attack, len(latents[0].t), loss_of, generator)
+    return delta, losses.mean()
 
 
 def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
@@ -440,20 +435,24 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
     draw = source(sd_o, erase_prompts, config)
     draw_retain = source(sd_o, retain_prompts, config)
 
+    attack = training_attack(config)
     theta = [p.requires_grad_(True) for p in parameters_to_train(sd, config)]
     optimizer = torch.optim.Adam(theta, lr=config.lr)
     generator = torch.Generator().manual_seed(config.seed)
+    chance = torch.rand(config.steps, generator=generator).tolist()
     loop = resumable(folder, config.steps, theta, optimizer, generator, config.save_every)
     with loop as (iterations, history):
         for i in iterations:
+            # draw all at once, so that nothing later waits for it
+            plain = i < config.warmup or config.attack == "none" or chance[i] < config.plain_share
+            z, *others = draw(config.erase_batch, generator, 1 if plain else 1 + attack.steps)
+            [z_r] = draw_retain(config.retain_batch, generator)  # whose c is r
+
             # attack: c* = [delta, c]; in warm-up, and in a share of the other steps, c itself
-            plain = (i < config.warmup or config.attack == "none"
-                     or torch.rand((), generator=generator) < config.plain_share)
-            z = draw(config.erase_batch, generator)
             if plain:
-                context, l_attack = sd.text_encoder(ids[z.prompt]), None
+                context, l_attack = sd.encode(ids[z.prompt]), None
             else:
-                delta, l_attack = adversarial_prefix(sd, ids, z.prompt, draw, config, generator)
+                delta, l_attack = adversarial_prefix(sd, ids, others, attack, generator)
                 context = encode_with_prefix(sd, ids[z.prompt], delta)
 
             # erase
@@ -461,64 +460,66 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
             l_erase = erase_loss(sd, z.x_t, z.t, context, target).mean()
 
             # retain; with gamma 0 only to be plotted
-            z = draw_retain(config.retain_batch, generator)  # whose c is r
             with torch.set_grad_enabled(config.retain_weight > 0):
-                context = sd.text_encoder(retain_ids[z.prompt])
-                l_retain = retain_loss(sd, z.x_t, z.t, context, z.eps_c).mean()
+                context = sd.encode(retain_ids[z_r.prompt])
+                l_retain = retain_loss(sd, z_r.x_t, z_r.t, context, z_r.eps_c).mean()
 
             # step
             optimizer.zero_grad()
             (l_erase + config.retain_weight * l_retain).backward()
             optimizer.step()
-            history.append(dict(erase=l_erase.item(), attack=l_attack, retain=l_retain.item()))
+            history.append(read(erase=l_erase, attack=l_attack, retain=l_retain))
     getattr(sd, part).requires_grad_(False)
     return sd, history
 
 
 # --------------------------------------------------------------------- attacks of the evaluation
 
-EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
+def draw_noise(sd, x_0, steps, generator):
+    """-> for each step of an attack t (N,) and noise (N, 4, h, w), for N pictures x_0."""
+    t = torch.randint(len(sd.schedule.alpha_bar), (steps, len(x_0)), generator=generator)
+    noise = torch.randn((steps, *x_0.shape), generator=generator)
+    return zip(t.to(x_0.device), noise.to(x_0))
 
 
-def prefix_attack(sd, prompts, pictures, look, config, kind, longer=False):
+def prefix_attack(sd, prompts, pictures, look, config, kind):
     """UnlearnDiffAtk: in front of each prompt, find the prefix that draws its target picture.
 
         argmin over delta of  E || eps - eps_theta(x_t | [delta, c]) ||^2
 
     pictures (N, 3, H, W) in [0, 1]: the targets, what the original model drew. `kind`: token;
-    embedding, whose prefixes no user can type; random, the control. `eval_looks` times,
-    look(step, left, context, texts) draws the prompts that are left and says of each whether it
-    shows the concept. Those that do are done. Tokens count by their text alone: they are decoded
-    and tokenised again with the prompt. `longer`: a prefix longer than training had.
+    longer, more tokens than training had; embedding, whose prefixes no user can type; random, the
+    control. `eval_looks` times, look(step, left, context, texts) draws the prompts that are left
+    and says of each whether it shows the concept. Those that do are done. Tokens count by their
+    text alone: they are decoded and tokenised again with the prompt.
     """
-    lr = config.token_lr if kind == "token" else EMBEDDING_LR
-    k = config.eval_prefix + config.eval_longer * longer
-    attack = Attack(kind, config.eval_attack_steps, lr, k)
+    lr = EMBEDDING_LR if kind == "embedding" else config.token_lr
+    k = config.eval_prefix + config.eval_longer * (kind == "longer")
+    attack = Attack("token" if kind == "longer" else kind, config.eval_attack_steps, lr, k)
     generator = torch.Generator().manual_seed(config.seed)
     ids = tokenize_with_room(sd, prompts, k)
     x_0 = sd.vae.encode(2 * pictures - 1)
-    left = list(range(len(prompts)))  # those that do not yet show the concept
+    rows = torch.arange(len(prompts), device=sd.device)  # those that do not yet show the concept
+    new = draw_noise(sd, x_0, attack.steps, generator)  # of a row the same, whoever is done
     def loss_of(delta):
-        # Drawn for all prompts: one that is done does not change the noise of the others.
-        t = torch.randint(len(sd.schedule.alpha_bar), (len(x_0),), generator=generator)
-        noise = torch.randn(x_0.shape, generator=generator).to(x_0)
-        context = encode_with_prefix(sd, ids[left], delta[left])
-        return ddpm_loss(sd, x_0[left], t[left], noise[left], context)
+        t, noise = next(new)
+        context = encode_with_prefix(sd, ids[rows], delta[rows])
+        return ddpm_loss(sd, x_0[rows], t[rows], noise[rows], context)
 
     looks = {attack.steps * (i + 1) // config.eval_looks for i in range(config.eval_looks)}
     run = run_attack(sd, attack, len(prompts), loss_of, generator)
     for step, (delta, tokens, _) in enumerate(run, 1):
         if step not in looks:
             continue
+        left = rows.tolist()
+        texts, context = None, encode_with_prefix(sd, ids[rows], delta[rows])
         if tokens is not None:
-            prefixes = sd.tokenizer.batch_decode(tokens[left])
+            prefixes = sd.tokenizer.batch_decode(tokens[rows])
             texts = [f"{prefix} {prompts[i]}" for i, prefix in zip(left, prefixes)]
             context = sd.encode_prompt(texts)
-        else:
-            texts, context = None, encode_with_prefix(sd, ids[left], delta[left])
         broken = look(step, left, context, texts)
-        left = [i for i, shows in zip(left, broken) if not shows]
-        if not left:
+        rows = torch.tensor([i for i, shows in zip(left, broken) if not shows], device=sd.device)
+        if not len(rows):
             break
 
 
@@ -537,17 +538,17 @@ def inversion_attack(sd, prompts, pictures, config):
     x_0 = torch.cat([sd.vae.encode(2 * part - 1) for part in pictures.split(config.eval_batch)])
 
     def encode(ids, v):
-        return sd.text_encoder(embeddings=torch.where((ids == star)[..., None], v, table[ids]))
+        return sd.encode(torch.where((ids == star)[..., None], v, table[ids]))
 
     def loss_of(v):
-        n = min(len(prompts), config.eval_batch)
-        i = torch.randint(len(prompts), (n,), generator=generator)
-        t = torch.randint(len(sd.schedule.alpha_bar), (n,), generator=generator)
-        noise = torch.randn(x_0[i].shape, generator=generator).to(x_0)
+        i, (t, noise) = next(new)
         return ddpm_loss(sd, x_0[i], t, noise, encode(ids[i], v)).mean(0, keepdim=True)
 
-    start = random_tokens(sd, (1, 1), generator)
     attack = Attack("embedding", config.eval_attack_steps, EMBEDDING_LR, k=1)
+    n = min(len(prompts), config.eval_batch)
+    i = torch.randint(len(prompts), (attack.steps, n), generator=generator).to(sd.device)
+    new = zip(i, draw_noise(sd, x_0[:n], attack.steps, generator))
+    start = random_tokens(sd, (1, 1), generator)
     *_, (v, _) = embedding_attack(table, start, loss_of, attack)
     return encode(ids, v)
 
@@ -557,7 +558,8 @@ def inversion_attack(sd, prompts, pictures, config):
 def check_prompts(sd_o, erase_prompts, retain_prompts, config):
     """ValueError, before any work, for what would fail later."""
     parameters_to_train(sd_o, config)
-    latents = max(config.trajectories, len(retain_prompts)) * config.trajectory_steps
+    counts = len(erase_prompts), len(retain_prompts)
+    latents = config.trajectory_steps * sum(n * math.ceil(config.trajectories / n) for n in counts)
     check_memory("the bank", 12 * latents * math.prod(sd_o.latent_shape), "--trajectory-steps")
     tokenize_with_room(sd_o, erase_prompts, config.prefix)
 
@@ -591,10 +593,8 @@ def comparison_rows(sd_o, concepts, config):
 METHOD = Method(
     config=Config, train=advunlearn, toy=TOY, check=check_prompts, rows=comparison_rows,
     inversions={"inversion": inversion_attack},
-    attacks={"token": partial(prefix_attack, kind="token"),
-             "random": partial(prefix_attack, kind="random"),
-             "longer": partial(prefix_attack, kind="token", longer=True),
-             "embedding": partial(prefix_attack, kind="embedding")})
+    attacks={kind: partial(prefix_attack, kind=kind)
+             for kind in ("token", "random", "longer", "embedding")})
 
 if __name__ == "__main__":
     main(METHOD)

@@ -1,15 +1,22 @@
 """Prompt to picture: tokenise, encode, denoise under guidance, decode."""
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import torch
 
+from . import half
 from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
+
+
+def call(network, *inputs):
+    return network(*inputs)
 
 
 @dataclass
@@ -22,6 +29,8 @@ class StableDiffusion:
     vae: VAE
     schedule: Schedule
     folder: Path | None = None  # the tokenizer and the configs came from here
+    precision: torch.dtype = torch.float32  # of what is not trained
+    run: Callable = call  # how a network is run on tensors: see graphs.py
 
     @property
     def device(self):
@@ -29,7 +38,7 @@ class StableDiffusion:
 
     @property
     def dtype(self):
-        """The precision in which the UNet computes."""
+        """The precision of the UNet's weights."""
         return self.unet.conv_in.weight.dtype
 
     @property
@@ -53,14 +62,26 @@ class StableDiffusion:
 
     def encode_prompt(self, prompts):
         """N prompts -> context (N, L, D)."""
-        return self.text_encoder(self.tokenize(prompts))
+        return self.encode(self.tokenize(prompts))
+
+    def encode(self, tokens):
+        """Ids (N, L) or embeddings (N, L, D) -> context (N, L, D)."""
+        return self.run(self.text_encoder, tokens)
 
     def predict_noise(self, x_t, t, context):
         """eps_theta(x_t | c): (B, 4, h, w), (B,) or scalar, (B, L, D) -> (B, 4, h, w) float32.
 
         It is float32 at every UNet precision: a step changes x_t only a little, and errors add up.
+        A UNet in training has float32 weights. It computes in bfloat16 where the others do.
         """
-        out = self.unet(x_t.to(self.dtype), t, context.to(self.dtype)).float()
+        if not torch.is_tensor(t):
+            t = torch.full((), t, device=x_t.device)
+        t = t.to(x_t.device).expand(len(x_t))
+        enter, leave = half.scaled_gradients(self.dtype)
+        mixed = self.dtype != self.precision == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
+            eps = self.run(self.unet, x_t.to(self.dtype), t, enter(context))
+        out = leave(eps.float())
         return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
 
     def initial_noise(self, seeds):

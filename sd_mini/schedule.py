@@ -22,6 +22,9 @@ class Schedule:
             beta = torch.linspace(lo, hi, steps, dtype=torch.float32)
         self.alpha_bar = torch.cumprod(1 - beta, dim=0)
         self.predicts_v = config["prediction_type"] == "v_prediction"
+        final = torch.ones(1) if config["set_alpha_to_one"] else self.alpha_bar[:1]
+        self.table = torch.cat([self.alpha_bar, final])  # the last is the clean picture's
+        self.tables = {}  # the same, on each device that asked
 
     def alpha_bar_at(self, t, like):
         """alpha_bar at time steps `t` ((B,) or scalar), shaped to multiply `like`.
@@ -29,10 +32,11 @@ class Schedule:
         A t below 0 is the clean picture. Its alpha_bar is 1, or alpha_bar_0 in the published
         schedules (`set_alpha_to_one` false).
         """
-        t = torch.as_tensor(t)
-        final = torch.tensor(1.0) if self.config["set_alpha_to_one"] else self.alpha_bar[0]
-        alpha_bar = torch.where(t.cpu() < 0, final, self.alpha_bar[t.cpu().clamp(min=0)])
-        return alpha_bar.to(like.device, like.dtype).view(-1, *[1] * (like.dim() - 1))
+        if like.device not in self.tables:
+            self.tables[like.device] = self.table.to(like.device)
+        t = t.to(like.device).clamp(min=-1) if torch.is_tensor(t) else max(t, -1)
+        alpha_bar = self.tables[like.device][t].to(like.dtype)
+        return alpha_bar.view(-1, *[1] * (like.dim() - 1))
 
     def add_noise(self, x_0, noise, t):
         """x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (DDPM, equation 4).

@@ -12,7 +12,7 @@ ACTIVATIONS = {
 
 
 class TextEncoder(nn.Module):
-    """Call it as `sd.text_encoder(input_ids)` or `sd.text_encoder(embeddings=e)`.
+    """Call it as `sd.encode(ids)` or `sd.encode(embeddings)`.
 
     Attribute names are the published tensor names without their common prefix `text_model.`.
     Config keys are those of transformers' CLIPTextConfig.
@@ -32,15 +32,14 @@ class TextEncoder(nn.Module):
         )
         self.final_layer_norm = nn.LayerNorm(width, config["layer_norm_eps"])
 
-    def forward(self, input_ids=None, embeddings=None):
+    def forward(self, tokens):
         """(B, L) ids, or (B, L, D) token embeddings -> (B, L, D) after the final norm.
 
         Positions are added here. The attacks pass embeddings, because theirs belong to no token.
         L is at most the context length (77 in the published models).
         """
-        if (input_ids is None) == (embeddings is None):
-            raise ValueError("give either input_ids or embeddings")
-        h = self.embeddings.token_embedding(input_ids) if embeddings is None else embeddings
+        is_ids = not tokens.is_floating_point()
+        h = self.embeddings.token_embedding(tokens) if is_ids else tokens
         h = h + self.embeddings.position_embedding.weight[: h.shape[1]]
         for layer in self.encoder.layers:
             h = layer(h)

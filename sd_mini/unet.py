@@ -123,7 +123,8 @@ def recompute_activations(unet):
     """
     for block in unet.modules():
         if isinstance(block, (ResnetBlock, SpatialTransformer)):
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False,
+                                    preserve_rng_state=False)  # nothing in there is random
 
 
 class SpatialTransformer(nn.Module):

@@ -56,7 +56,8 @@ def load(model="toy", device="cpu", dtype=torch.float32, tokenizer=None):
     else:
         for part, network in networks.items():
             fill_from_folder(network, places[part], part, device, precision(part, dtype))
-    return StableDiffusion(tokenizer, schedule=schedule, folder=folder, **networks)
+    return StableDiffusion(
+        tokenizer, schedule=schedule, folder=folder, precision=dtype, **networks)
 
 
 def config_folder(path, tokenizer):

@@ -8,7 +8,9 @@ picture through the UNet once. A backward through frozen weights is 1.07 of them
 Diffusion's own size need CUDA. They need no download: random weights cost what trained ones cost.
 """
 import argparse
+import math
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -18,11 +20,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import advunlearn as au
 import sd_mini
+from sd_mini.graphs import Graphs
 from sd_mini.lab.experiment import BACKWARD, Work
+from sd_mini.pipeline import call
 from sd_mini.weights import PARTS
 
 ROOT = Path(au.__file__).parent
@@ -69,7 +74,7 @@ def schedule(config, prompts=(1, 243)):
 
     Each latent in a loss costs a forward and a backward. With gamma 0 a retain latent has no
     backward. What is sampled comes on top. With the bank there are trajectories for both kinds of
-    prompts. They are sampled once, at least one a prompt:
+    prompts. They are sampled once, as many for each prompt:
 
         (trajectories + trajectories) * trajectory_steps * 2
 
@@ -85,7 +90,8 @@ def schedule(config, prompts=(1, 243)):
     trained = step * erase + (step if config.retain_weight else 1) * retain
     if config.fresh_trajectories:
         return trained + (erase + retain) * (config.trajectory_steps + 1)
-    return trained + 2 * config.trajectory_steps * sum(max(config.trajectories, n) for n in prompts)
+    return trained + 2 * config.trajectory_steps * sum(
+        n * math.ceil(config.trajectories / n) for n in prompts)
 
 
 def evaluation_work(config, related=20):
@@ -132,7 +138,8 @@ def v1(dtype):
         parts = {part: PARTS[part][0](config).requires_grad_(False).to(dtype)
                  for part, config in V1.items()}
     parts["text_encoder"].float()
-    return replace(sd_mini.load("toy"), **parts)
+    run = Graphs() if GPU == "cuda" else call
+    return replace(sd_mini.load("toy"), **parts, precision=dtype, run=run)
 
 
 def spread(values):
@@ -173,13 +180,116 @@ def bench_iteration(repeats=5):
     return bank_against_fresh(sd, sd, replace(PAPER, steps=1, warmup=0), repeats), "12 times less"
 
 
+def bench_limit(repeats=5):
+    """Seconds an iteration (toy, the paper's schedule), against those that its FLOPs would take at
+    the speed of a matrix product in the same precision
+    """
+    return against_limit(sd_mini.load("toy"), replace(PAPER, steps=1, warmup=0), repeats, 1024)
+
+
+def against_limit(sd, config, repeats, width):
+    """Time an iteration and its FLOPs' worth of matrix products -> the row's text and goal.
+
+    FLOPs are counted without CUDA graphs, whose replays nobody sees.
+    """
+    with FlopCounterMode(display=False) as counter:
+        iterations(replace(sd, run=call), replace(config, trajectories=1, trajectory_steps=1))
+    a = torch.randn(width, width, device=sd.device, dtype=sd.dtype)
+    took, products = [], []
+    for _ in tqdm(range(repeats), "iteration"):
+        took.append(iterations(sd, config)[0])
+        synchronize()
+        begin = time.time()
+        for _ in range(20):
+            a @ a
+        synchronize()
+        products.append((time.time() - begin) / 20)
+    flops = counter.get_total_flops()
+    limit = flops / (2 * width**3) * statistics.median(products)
+    ratio = statistics.median(took) / limit
+    text = f"{spread(took)} s against {limit:.3g} s for {flops / 1e12:.3g} TFLOP: {ratio:.1f} times"
+    return text, "3 times, on a GPU"
+
+
+def synchronize():
+    """Wait until the GPU has done what was launched."""
+    if GPU == "cuda":
+        torch.cuda.synchronize()
+
+
+def full_size():
+    return replace(PAPER, steps=1, warmup=0, layers=1, trajectories=4, eval_batch=4)
+
+
 def bench_v1_iteration(repeats=5):
     """Seconds an iteration at full size on the GPU in bf16, with the bank and afresh."""
     if not GPU:
         return "no GPU here", "20 times less"
-    config = replace(PAPER, steps=1, warmup=0, layers=1, trajectories=4, eval_batch=4)
     sd = v1(torch.bfloat16)
-    return bank_against_fresh(sd, sd, config, repeats), "20 times less"
+    return bank_against_fresh(sd, sd, full_size(), repeats), "20 times less"
+
+
+def bench_v1_limit(repeats=5):
+    """Seconds an iteration at full size on the GPU in bf16, against its FLOPs' worth of matrix
+    products
+    """
+    if not GPU:
+        return "no GPU here", "3 times"
+    return against_limit(v1(torch.bfloat16), full_size(), repeats, 8192 if GPU == "cuda" else 256)
+
+
+def bench_v1_graphs(repeats=5):
+    """Seconds an iteration at full size on the GPU in bf16, with CUDA graphs and without."""
+    if not GPU:
+        return "no GPU here", "faster"
+    sd = v1(torch.bfloat16)
+    return side_by_side(sd, replace(sd, run=call), repeats), "faster"
+
+
+def bench_v1_fp16(repeats=5):
+    """Seconds an iteration at full size on the GPU, in fp16 and in fp32."""
+    if not GPU:
+        return "no GPU here", "faster"
+    return side_by_side(v1(torch.float16), v1(torch.float32), repeats), "faster"
+
+
+def side_by_side(one, other, repeats):
+    """Time an iteration of two models in turns -> the row's text."""
+    times = [], []
+    for _ in tqdm(range(repeats + 1), "iteration"):
+        for model, took in zip((one, other), times):
+            took.append(iterations(model, full_size())[0])
+    times = [took[1:] for took in times]  # the first records the graphs
+    ratio = statistics.median(times[1]) / statistics.median(times[0])
+    return f"{spread(times[0])} s against {spread(times[1])} s: {ratio:.1f} times less"
+
+
+def bench_v1_run():
+    """A whole run at full size on the GPU, random weights: 1,000 iterations, 50 prompts evaluated;
+    and the most GPU memory held
+    """
+    if not GPU:
+        return "no GPU here", "an hour, 12 GiB"
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        sd_mini.save_pipeline(v1(torch.bfloat16), f"{folder}/v1")
+        names = dict(enumerate(["church", *(f"class {i}" for i in range(1, 1000))]))
+        network = transformers.ResNetForImageClassification(
+            transformers.ResNetConfig(id2label=names, label2id={v: k for k, v in names.items()}))
+        network.save_pretrained(f"{folder}/judge")
+        sd_mini.write_json(f"{folder}/judge/preprocessor_config.json", {
+            "size": {"shortest_edge": 224}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3})
+        command = [sys.executable, "advunlearn.py", "--model", f"{folder}/v1", "--judge",
+                   f"{folder}/judge:church", "--clip-score", "none", "--out", f"{folder}/run"]
+        begin = time.time()
+        said = subprocess.run([*command, "--device", GPU, *RUN_FLAGS], cwd=ROOT, check=True,
+                              capture_output=True, text=True).stdout
+    memory = re.findall(r"[\d.]+ GiB", said)
+    return f"{(time.time() - begin) / 60:.3g} minutes, {' '.join(memory)}", "an hour, 12 GiB"
+
+
+RUN_FLAGS = []  # the defaults are the paper's
 
 
 def bench_v1_memory():
@@ -190,6 +300,7 @@ def bench_v1_memory():
     for low_memory in (False, True):
         sd = v1(torch.bfloat16)
         if low_memory:
+            sd.run = call
             sd_mini.recompute_activations(sd.unet)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -62,7 +62,7 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
             "u = v.sort(dim=0, descending=True).values"])],
     8: [("losses = loss_of(hard + soft - soft.detach())", ["losses = loss_of(soft)"]),
         ("p.copy_(project_simplex(p))", ["p.copy_(p)"]),
-        ("yield legal.to(table.device)[p.argmax(-1)], losses.detach()", [
+        ("yield legal[p.argmax(-1)], losses.detach()", [
             "yield p.argmax(-1), losses.detach()"]),
         ("p.grad = torch.autograd.grad(losses.sum(), p)[0]", [
             "p.grad = -torch.autograd.grad(losses.sum(), p)[0]"])],
@@ -75,7 +75,7 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
         ("pattern.search(folded(prompt))", ["pattern.search(prompt)"])],
     10: [("(l_erase + config.retain_weight * l_retain).backward()", ["l_erase.backward()"]),
          ("target = esd_target(z.eps_c, z.eps_empty, config.eta)", ["target = z.eps_c"]),
-         ("plain = (i < config.warmup or", ["plain = (i >= config.warmup or"]),
+         ("plain = i < config.warmup or", ["plain = i >= config.warmup or"]),
          ("            optimizer.zero_grad()\n", [""]),
          ("in parameters_to_train(sd, config)", ["in parameters_to_train(sd_o, config)"])],
 }

@@ -130,10 +130,11 @@ def test_the_bank_and_the_loop_are_seeded_by_the_config(sd, calls, monkeypatch):
 
 
 def test_the_bank_is_sampled_under_guidance_3(sd):
-    z = au.sample_latents(sd, ["a church"], [5], 4)
-    assert same(z.x_t[:1], sd.initial_noise([5])) and z.t.tolist() == [751, 501, 251, 1]
-    guided = z.eps_empty[0] + 3 * (z.eps_c[0] - z.eps_empty[0])
-    assert_close(z.x_t[1], sd.schedule.ddim_step(z.x_t[:1], guided, 751, 501)[0])
+    x_t, eps_c, eps_empty = au.sample_latents(sd, ["a church"], [5], 4)
+    assert same(x_t[:, 0], sd.initial_noise([5])) and x_t.shape == (1, 4, *sd.latent_shape)
+    guided = eps_empty[:, 0] + 3 * (eps_c[:, 0] - eps_empty[:, 0])
+    assert_close(x_t[:, 1], sd.schedule.ddim_step(x_t[:, 0], guided, 751, 501))
+    assert same(au.sample_latents(sd, ["a church"], [5], 4, 2)[1], eps_c[:, :2])
 
 
 def test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest():

@@ -115,9 +115,9 @@ def test_inversion_replaces_the_marked_place_alone(sd):
     class Spy(torch.nn.Module):
         embeddings, config = sd.text_encoder.embeddings, sd.text_encoder.config
 
-        def forward(self, input_ids=None, embeddings=None):
-            inputs.append(embeddings)
-            return sd.text_encoder(input_ids, embeddings)
+        def forward(self, tokens):
+            inputs.append(tokens)
+            return sd.text_encoder(tokens)
 
     config = replace(SMALL, eval_batch=2, eval_attack_steps=3)
     context = au.inversion_attack(replace(sd, text_encoder=Spy()), ["a photo of a *", "* a boat"],

@@ -152,7 +152,7 @@ LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guid
 def test_what_is_named_exists(name):
     here = (ROOT / name).parent
     text = re.sub(r"^```.*?^```", "", DOCS[name], flags=re.M | re.S)
-    options = {f.name for f in fields(au.Config)} | {*au.METHOD.attacks, *au.TRAINED}
+    options = {f.name for f in fields(au.Config)} | {*au.METHOD.attacks, *au.TRAINED, *bench.ROWS}
     flags = {"--" + option.replace("_", "-") for option in options} | OTHER_FLAGS
     assert not set(re.findall(r"(--[a-z][\w-]*)", text)) - flags
 

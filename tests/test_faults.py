@@ -320,7 +320,7 @@ BAD = [  # arguments -> what the line says
     ("--task evaluate --text-encoder {empty} --out {new}", "empty/config.json: no such file"),
     ("--model some/model@main --out {new}", "some/model: no such folder here"),
     ("--task sample --prompts church --out {file}", "file is not a folder that can be written to"),
-    ("--precision fp16", "--precision 'fp16': choose from fp32, bf16"),
+    ("--precision fp8", "--precision 'fp8': choose from fp32, bf16, fp16"),
     ("--out {file}", "file is not a folder that can be written to"),
     ("--out /dev/null/x", "/dev/null is not a folder that can be written to"),
     *([] if torch.cuda.is_available() else [

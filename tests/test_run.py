@@ -114,7 +114,9 @@ def test_first_step_loss_is_the_closed_form(sd):
     """
     config = replace(SMALL, steps=1, attack="none", eta=2.0)
     draw = au.trajectory_bank(sd, PROMPTS[0], config)
-    z = draw(config.erase_batch, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(config.steps, generator=generator)  # which iterations are without attack
+    [z] = draw(config.erase_batch, generator)
     expected = 9 * au.squared_error(z.eps_c, z.eps_empty).mean()
     _, [losses] = erase(sd, steps=1, attack="none", eta=2.0)
     assert losses["erase"] == pytest.approx(expected.item(), rel=1e-3)
@@ -126,7 +128,7 @@ def test_first_step_loss_is_the_closed_form(sd):
 def test_bank_holds_what_the_frozen_model_predicts(sd):
     prompts = ["a church", "a photo of a church"]
     draw = au.trajectory_bank(sd, prompts, SMALL)
-    z = draw(8, torch.Generator().manual_seed(0))
+    [z] = draw(8, torch.Generator().manual_seed(0))
     for eps, texts in ((z.eps_c, [prompts[i] for i in z.prompt]), (z.eps_empty, [""] * 8)):
         predicted = sd.predict_noise(z.x_t, z.t, sd.encode_prompt(texts))
         torch.testing.assert_close(predicted, eps, rtol=1e-3, atol=1e-4)
@@ -135,15 +137,15 @@ def test_bank_holds_what_the_frozen_model_predicts(sd):
 def test_bank_holds_every_prompt(sd):
     config = replace(SMALL, trajectories=1, trajectory_steps=2)
     draw = au.trajectory_bank(sd, ["a church", "a boat", "a house"], config)
-    assert set(draw(60, torch.Generator().manual_seed(0)).prompt.tolist()) == {0, 1, 2}
+    assert set(draw(60, torch.Generator().manual_seed(0))[0].prompt.tolist()) == {0, 1, 2}
 
 
 def test_fresh_trajectories_draw_the_same_kind_of_latents(sd):
     prompts = ["a church", "a photo of a church"]
     draw = au.sample_afresh(sd, prompts, SMALL)
-    z = draw(6, torch.Generator().manual_seed(0))
+    [z] = draw(6, torch.Generator().manual_seed(0))
     drawn = {t for seed in range(20)
-             for t in draw(1, torch.Generator().manual_seed(seed)).t.tolist()}
+             for t in draw(1, torch.Generator().manual_seed(seed))[0].t.tolist()}
     assert drawn == set(sd.schedule.timesteps(SMALL.trajectory_steps))  # any step, also the last
     context = sd.encode_prompt([prompts[i] for i in z.prompt])
     predicted = sd.predict_noise(z.x_t, z.t, context)
@@ -271,13 +273,22 @@ def test_evaluation_takes_the_evaluations_of_the_formula(sd, monkeypatch):
 def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
     """... and with one are filled; here small networks on the CPU stand in for it."""
     monkeypatch.setattr(bench, "GPU", None)
-    assert bench.bench_v1_iteration()[0] == bench.bench_v1_memory()[0] == "no GPU here"
+    rows = [row for name, row in bench.ROWS.items() if name.startswith("v1")]
+    assert len(rows) == 6 and {row()[0] for row in rows} == {"no GPU here"}
     monkeypatch.setattr(bench, "GPU", "cpu")
     monkeypatch.setattr(bench, "PAPER", replace(bench.PAPER, attack_steps=1, trajectory_steps=2))
     configs = {part: sd_mini.read_json(TOY / part / "config.json") for part in bench.V1}
     monkeypatch.setattr(bench, "V1", configs)
     pattern = r"[\d.]+ \(.*\) s against [\d.]+ \(.*\) s: [\d.]+ times less"
-    assert re.fullmatch(pattern, bench.bench_v1_iteration(repeats=1)[0])
+    for row in (bench.bench_v1_iteration, bench.bench_v1_graphs):
+        assert re.fullmatch(pattern, row(repeats=1)[0])
+    assert re.fullmatch(pattern.replace("times less", "times").replace(r"\(.*\) s:", r"s for .*:"),
+                        bench.bench_v1_limit(repeats=1)[0])
+    flags = ["--steps", "2", "--warmup", "1", "--attack-steps", "1", "--trajectory-steps", "1",
+             "--trajectories", "1", "--eval-prompts", "1", "--eval-utility", "2", "--eval-steps",
+             "1", "--eval-attack-steps", "1", "--eval-looks", "1"]
+    monkeypatch.setattr(bench, "RUN_FLAGS", flags)
+    assert re.match(r"[\d.]+ minutes, ", bench.bench_v1_run()[0])
 
 
 @pytest.mark.beside

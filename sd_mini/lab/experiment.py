@@ -16,6 +16,8 @@ import torch
 import sd_mini
 
 from ..files import write_json
+from ..graphs import Graphs
+from ..unet import UNet
 from ..weights import PARTS
 from . import ranks, report
 from .evaluation import PARTS as EVALUATED
@@ -35,11 +37,14 @@ class Work:
     """
 
     def __init__(self, sd):
-        self.evaluations = 0
-        sd.unet.register_forward_hook(self.count)
+        self.evaluations, self.run = 0, sd.run
+        sd.run = self
 
-    def count(self, unet, arguments, out):
-        self.evaluations += len(out) * (1 + BACKWARD * out.requires_grad)
+    def __call__(self, network, *inputs):
+        out = self.run(network, *inputs)
+        if isinstance(network, UNet):
+            self.evaluations += len(out) * (1 + BACKWARD * out.requires_grad)
+        return out
 
 
 class Experiment(NamedTuple):
@@ -55,10 +60,16 @@ class Experiment(NamedTuple):
 
 
 def load_model(config):
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.precision]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    dtype = dtypes[config.precision]
     sd = sd_mini.load(config.model, config.device, dtype, config.tokenizer)
     if config.low_memory:
         sd_mini.recompute_activations(sd.unet)
+    if sd.device.type == "cuda":
+        if dtype != torch.float32:  # the text encoder stays in float32, on the tensor cores
+            torch.set_float32_matmul_precision("high")
+        if not (config.low_memory or config.no_graphs):
+            sd.run = Graphs()
     return sd
 
 
@@ -88,13 +99,14 @@ def open_experiment(method, config):
     started, concepts = time.time(), read_concepts(config.concept)
     training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
     sd_o, evaluation_set = load_model(config), None
+    work = Work(sd_o)
     erase, retain, _ = training_prompts(concepts, config, sd_o)
     if config.judge != "none":
         evaluation_set = load_evaluation_set(sd_o, concepts, config)
     method.check(sd_o, erase, retain, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
     inputs = fingerprints(method, sd_o, evaluation_set, scored)
-    return Experiment(sd_o, concepts, evaluation_set, inputs, Work(sd_o), started, scored)
+    return Experiment(sd_o, concepts, evaluation_set, inputs, work, started, scored)
 
 
 def with_pictures(experiment, config):

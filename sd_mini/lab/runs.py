@@ -169,6 +169,24 @@ def cached(folder, jobs):
     return {name: (value, tensors["tensor"]) for name, (tensors, value) in answers.items()}
 
 
+def placed(tensors, device):
+    """The tensors on the device, or in the host's memory where half of the GPU's cannot hold them.
+
+    It is pinned there: a copy to the GPU does not wait.
+    """
+    tensors = list(tensors)
+    size = sum(tensor.nbytes for tensor in tensors)
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
+        return [tensor.pin_memory() for tensor in tensors]
+    return [tensor.to(device) for tensor in tensors]
+
+
+def read(**losses):
+    """{name: a tensor of one number, or None} -> floats, in one read from the device."""
+    values = torch.stack([*present(losses).values()]).tolist()
+    return {**losses, **dict(zip(present(losses), values))}
+
+
 def machine_memory():
     """In bytes, or None where the system does not say."""
     known = hasattr(os, "sysconf")
@@ -189,7 +207,7 @@ def check_memory(what, size, flag):
 
 # Settings on which no figure depends.
 NO_EFFECT = ("task", "methods", "out", "resume", "overwrite", "save_every", "save_images",
-             "save_pipeline", "save_single_file", "low_memory")
+             "save_pipeline", "save_single_file", "low_memory", "no_graphs")
 
 
 def differences(old, new):

@@ -91,7 +91,9 @@ class Settings:
     tokenizer: str | None = run(None, "folder or hub id with tokenizer and configs for a single "
                                 "file (default: v1.4's)")
     precision: str | None = run(None, "of the networks that are not trained; what is trained stays "
-                                "in fp32 (default: bf16 on a GPU that has it)", ("fp32", "bf16"))
+                                "in fp32 (default: bf16 on a GPU that has it, fp16 on others)",
+                                ("fp32", "bf16", "fp16"))
+    no_graphs: bool = run(False, "launch each kernel by itself, without CUDA graphs")
     low_memory: bool = run(False, "compute the UNet's activations again in the backward pass")
     save_every: int = run(100, "iterations between checkpoints", low=1)
     save_pipeline: bool = run(False, "write the whole erased model too, as OUT/pipeline")
@@ -269,10 +271,11 @@ def resolve(method, given):
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
     device = check_device(given.get("device") or ("cuda" if cuda else "cpu"), torch.cuda)
     bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-    precision = given.get("precision") or ("bf16" if bf16 else "fp32")
+    half = "bf16" if bf16 else "fp16"
+    precision = given.get("precision") or ("fp32" if device == "cpu" else half)
     if precision == "bf16" and device != "cpu" and not bf16:
-        raise ValueError("--precision bf16: this GPU does not have it; --precision fp32 "
-                         "--low-memory works on any")
+        raise ValueError("--precision bf16: this GPU does not have it; --precision fp16 works on "
+                         "any")
     ranks.join(device)
     why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
     why = "as asked" if given.get("model") else why
