@@ -438,8 +438,8 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
     attack = training_attack(config)
     theta = [p.requires_grad_(True) for p in parameters_to_train(sd, config)]
     optimizer = torch.optim.Adam(theta, lr=config.lr)
+    chance = torch.rand(config.steps, generator=torch.Generator().manual_seed(config.seed)).tolist()
     generator = torch.Generator().manual_seed(config.seed)
-    chance = torch.rand(config.steps, generator=generator).tolist()
     loop = resumable(folder, config.steps, theta, optimizer, generator, config.save_every)
     with loop as (iterations, history):
         for i in iterations:

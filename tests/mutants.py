@@ -32,6 +32,7 @@ RATE = "behaviour::test_each_attack_has_its_own_learning_rate_and_length"
 SEEDED = "behaviour::test_the_bank_and_the_loop_are_seeded_by_the_config"
 DRAWN = "behaviour::test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest"
 HANDED = "behaviour::test_the_configs_attack_is_handed_on"
+CLIPS = "differences::test_the_token_attack_clips_no_gradient_and_starts_at_random"
 GAMMA = "behaviour::test_gamma_weighs_the_retain_loss_in_the_gradient"
 SHARE = "behaviour::test_iterations_without_attack_are_warm_up_and_the_share"
 RATES, OWN, INVERTED, ROWS = (f"figures::{name}" for name in (
@@ -101,6 +102,11 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "attacks::test_embedding_attack_lowers_its_loss[fast-None]"),
     ("inner attack: the fast step forgets the number of steps", A,
      "steps, lr = 1, steps * lr", "steps, lr = 1, lr", HANDED),
+    ("inner attack: the fast one loops", A, "steps, lr = 1, steps * lr", "lr = steps * lr",
+     "differences::test_the_fast_attack_is_one_sign_step"),
+    ("inner attack: gives the prefix from before its last step", A,
+     "*_, (delta, _, losses) = run_attack(", "*_, (delta, _, _), (_, _, losses) = run_attack(",
+     "differences::test_the_erase_loss_has_the_prefix_after_the_last_step"),
     ("inner attack: of tokens with the rate of embeddings", A,
      "lr = config.token_lr if config.attack", "lr = config.attack_lr if config.attack", HANDED),
     ("token attack: the loss sees the soft mixture", A,
@@ -114,9 +120,17 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("token attack: no gradient passes", A,
      "losses = loss_of(hard + soft - soft.detach())", "losses = loss_of(hard + 0 * soft)",
      "attacks::test_token_attack_follows_its_gradient_to_the_legal_token_that_lowers_the_loss"),
+    ("token attack: clips the gradient", A, "p.grad = torch.autograd.grad(losses.sum(), p)[0]",
+     "p.grad = torch.autograd.grad(losses.sum(), p)[0].clamp(-1, 1)", CLIPS),
+    ("token attack: starts with p uniform", A,
+     "p = torch.rand((n, attack.k, len(legal)), generator=generator)",
+     "p = torch.ones((n, attack.k, len(legal)))", CLIPS),
+    ("token attack: the decay is added to the gradient", A,
+     "torch.optim.AdamW([p], lr=", "torch.optim.Adam([p], lr=",
+     "differences::test_weight_decay_leaves_a_small_gradient_its_direction"),
     ("token attack: does not project onto the simplex", A,
      "            p.copy_(project_simplex(p))\n", "            p.clamp_(min=0)\n",
-     "attacks::test_token_attack_draws_from_distributions_at_each_step"),
+     "attacks::test_token_attack_keeps_its_distributions_on_the_simplex"),
     ("projection onto the simplex: one coordinate too many", A,
      "(u > excess).sum(-1, keepdim=True) - 1", "(u > excess).sum(-1, keepdim=True)", "attacks"),
     ("prefix: behind the prompt's first token", A,
@@ -142,9 +156,19 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "islice(run, stop or steps)",
      "islice(run, stop or steps // 2)",
      "attacks::test_the_draws_of_an_iteration_are_of_the_same_prompts_and_of_all_time_steps"),
+    ("bank: t is above the noise level", A, "grid = torch.tensor(sd_o.schedule.timesteps(config."
+     "trajectory_steps))\n    first", "grid = 39 + torch.tensor(sd_o.schedule.timesteps(config."
+     "trajectory_steps))\n    first", "differences::test_t_is_the_noise_level_of_x_t"),
+    ("bank: drawn from without replacement", A,
+     "prompt = torch.randint(len(prompts), (n,), generator=generator).expand",
+     "prompt = torch.randperm(len(prompts), generator=generator)[:n].expand",
+     "differences::test_retain_latents_are_drawn_with_replacement_from_the_bank"),
+    ("fresh trajectories: of the model in training", A,
+     "draw = source(sd_o, erase_prompts", "draw = source(sd, erase_prompts",
+     "differences::test_the_original_samples_the_latents_while_its_unet_is_trained"),
     ("training: the draws' seed has no effect", A,
-     "    generator = torch.Generator().manual_seed(config.seed)\n    chance",
-     "    generator = torch.Generator().manual_seed(0)\n    chance", SEEDED),
+     "    generator = torch.Generator().manual_seed(config.seed)\n    loop = resumable",
+     "    generator = torch.Generator().manual_seed(0)\n    loop = resumable", SEEDED),
     ("training: warm-up is ignored", A, "plain = i < config.warmup or config",
      "plain = config", SHARE),
     ("training: one step of warm-up too many", A, "plain = i < config.warmup or config",
@@ -171,6 +195,16 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "parts = [layers[: config.layers]] if config.layers",
      "parts = [layers[-config.layers :]] if config.layers", "run::test_layers_and_embeddings_are_"
      "trained_as_asked"),
+    ("layers: by the beginning of their names", A,
+     "parts = [layers[: config.layers]] if config.layers",
+     "first = tuple(map(str, range(config.layers)))\n    parts = [layer for i, layer in "
+     "enumerate(layers) if str(i).startswith(first)] if config.layers",
+     "differences::test_layers_are_chosen_by_index"),
+    ("training: a copy of the whole model", A,
+     "sd = replace(sd_o, **{part: copy.deepcopy(getattr(sd_o, part)).float()})",
+     "sd = replace(sd_o, **{name: copy.deepcopy(getattr(sd_o, name)) for name in "
+     "('text_encoder', 'unet', 'vae')})", "differences::"
+     "test_a_seed_gives_the_same_bytes_resumed_or_not_and_memory_is_shared"),
     ("training: changes the original model", A,
      "copy.deepcopy(getattr(sd_o, part)).float()", "getattr(sd_o, part)",
      "run::test_whole_text_encoder_is_trained_and_nothing_else"),

@@ -149,6 +149,18 @@ def test_token_attack_draws_each_token_as_often_as_its_distribution_says(generat
     torch.testing.assert_close(torch.stack(drawn).mean(0), p, atol=0.03, rtol=0)
 
 
+def test_token_attack_keeps_its_distributions_on_the_simplex(attacked, generator, monkeypatch):
+    table, legal, loss_of = attacked
+    seen, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda adam: seen.append(
+        adam.param_groups[0]["params"][0].detach().clone()) or step(adam))
+    list(au.token_attack(table, legal, 4, loss_of, au.Attack("token", 4, 0.1, 2), generator))
+    for p in seen:
+        torch.testing.assert_close(p.sum(-1), torch.ones(4, 2))
+        assert p.min() >= 0
+    assert not torch.equal(seen[0], seen[-1])
+
+
 def test_legal_tokens_are_their_own_text(sd):
     legal = au.legal_tokens(sd.tokenizer)
     assert len(legal) > 100 and not set(legal.tolist()) & set(sd.tokenizer.all_special_ids)

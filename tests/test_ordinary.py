@@ -311,7 +311,7 @@ def test_a_bank_that_cannot_be_held_is_refused_before_it_is_sampled(
     assert main(*SHORT, "--retain-set", large, "--trajectory-steps", "500",
                 "--out", tmp_path / "run") == 2
     message = capsys.readouterr().err
-    assert message.startswith("error: the bank would take 1.4 GB, more than half of this machine's")
+    assert message.startswith("error: the bank would take 1.2 GB, more than half of this machine's")
     assert "--trajectory-steps" in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
     monkeypatch.setattr(runs, "machine_memory", lambda: 4e9)

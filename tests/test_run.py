@@ -114,9 +114,7 @@ def test_first_step_loss_is_the_closed_form(sd):
     """
     config = replace(SMALL, steps=1, attack="none", eta=2.0)
     draw = au.trajectory_bank(sd, PROMPTS[0], config)
-    generator = torch.Generator().manual_seed(0)
-    torch.rand(config.steps, generator=generator)  # which iterations are without attack
-    [z] = draw(config.erase_batch, generator)
+    [z] = draw(config.erase_batch, torch.Generator().manual_seed(0))
     expected = 9 * au.squared_error(z.eps_c, z.eps_empty).mean()
     _, [losses] = erase(sd, steps=1, attack="none", eta=2.0)
     assert losses["erase"] == pytest.approx(expected.item(), rel=1e-3)
