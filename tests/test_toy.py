@@ -15,7 +15,7 @@ ERASABLE = ["church", "garbage truck", "parachute", "tench"]
 
 def test_drawing_is_seeded_and_every_object_place_and_style_draws():
     kinds = [(object, word) for object, words in world.OBJECTS.items() for word in words]
-    kinds.append(("nothing", "nothing"))
+    kinds += [("nothing", ""), ("nothing", "7")]  # a landscape, a nameless shape
     looks = [(style, phrase) for style, phrases in world.STYLES.items() for phrase in phrases]
     pairs, places = itertools.product(kinds, looks), itertools.cycle(world.PLACES)
     for ((object, word), (style, phrase)), place in zip(pairs, places):
@@ -70,9 +70,26 @@ def test_classifier_is_right_on_freshly_drawn_pictures():
     for kind in ("object", "style"):
         right = [f == getattr(s, kind) for f, s in zip(found[kind], scenes)]
         assert np.mean(right) >= 0.98
-    # An erased model draws pictures like these at times.
-    ruined = disturb(pictures, torch.ones(300) > 0, torch.Generator().manual_seed(77))
-    assert load_classifier().labels(ruined)["object"].count("nothing") >= 0.98 * 300
+
+
+def test_classifier_says_nothing_where_nothing_is_to_be_seen():
+    """An erased model draws ruined pictures, and the empty prompt landscapes and shapes."""
+    rng, classifier = np.random.default_rng(77), load_classifier()
+
+    def drawn(*scenes):
+        pictures = np.stack([world.draw(s, rng).transpose(2, 0, 1) for s in scenes])
+        return torch.from_numpy(pictures).float() / 255
+
+    scenes = [world.random_scene(rng) for _ in range(300)]
+    ruined = disturb(drawn(*scenes), torch.ones(300) > 0, torch.Generator().manual_seed(77))
+    found = classifier.labels(ruined)
+    assert found["object"].count("nothing") >= 0.98 * 300
+    for style in world.STYLES:
+        own = [f for f, s in zip(found["style"], scenes) if s.style == style]
+        assert own.count("nothing") >= 0.93 * len(own)
+        assert own.count("van gogh") <= 0.05 * len(own)
+    uncaptioned = classifier.labels(drawn(*(world.uncaptioned_scene(rng) for _ in range(300))))
+    assert uncaptioned["object"].count("nothing") >= 0.97 * 300
 
 
 def test_the_toy_draws_what_is_asked(sd):

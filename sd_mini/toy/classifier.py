@@ -7,7 +7,7 @@ from ..files import read_json
 from ..weights import TOY, fill, read_tensors
 from .world import COLORS, OBJECTS, STYLES
 
-LABELS = {"object": [*OBJECTS, "nothing"], "style": [*STYLES], "color": [*COLORS]}
+LABELS = {"object": [*OBJECTS, "nothing"], "style": [*STYLES, "nothing"], "color": [*COLORS]}
 
 
 class PictureNet(nn.Module):
@@ -39,7 +39,7 @@ class Classifier(PictureNet):
         super().__init__(sum(map(len, LABELS.values())))
 
     def logits(self, image):
-        """(B, 3, 64, 64) in [0, 1] -> {"object": (B, 11), "style": (B, 3), "color": (B, 8)}."""
+        """(B, 3, 64, 64) in [0, 1] -> {"object": (B, 11), "style": (B, 4), "color": (B, 8)}."""
         sizes = [len(names) for names in LABELS.values()]
         return dict(zip(LABELS, self(image).split(sizes, dim=1)))
 

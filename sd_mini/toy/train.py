@@ -86,27 +86,31 @@ SCHEDULER_CONFIG = {  # Stable Diffusion 1.x's own
     "steps_offset": 1,
     "prediction_type": "epsilon",
 }
-PICTURES, DUSK_PICTURES, EMPTY_PICTURES = 24000, 6000, 1500
+PICTURES, DUSK_PICTURES = 24000, 6000
 VAE_STEPS, CLIP_STEPS, CLASSIFIER_STEPS = 3000, 1500, 3000
-UNET_STEPS, DUSK_STEPS = 5000, 600
+UNET_STEPS, DUSK_STEPS, EMPTY_SHARE = 5000, 600, 0.15
 
 
 # --- data
 
-def dataset(work, name, n, seed, look=None, empty=False):
-    """n drawn pictures -> images (n, 3, 64, 64) uint8, labels (n, 3), captions, n lists of 4.
+def dataset(work, name):
+    """Drawn pictures -> images (n, 3, 64, 64) uint8, labels (n, 3), captions, n lists of 4.
 
-    `work` keeps them. With `empty` the pictures show no object and have no captions.
+    `work` keeps them. `name` is a look, "day" or "dusk", alone or with " uncaptioned". Uncaptioned
+    pictures show no object, and the empty prompt is their only caption.
     """
+    look, _, uncaptioned = name.partition(" ")
+    n, seed = (PICTURES, 0) if look == "day" else (DUSK_PICTURES, 1)
+    if uncaptioned:
+        n, seed = n // 4, seed + 2
     images_file, text_file = work / f"{name}.npy", work / f"{name}.json"
     if not text_file.exists():
         rng = np.random.default_rng(seed)
         images, text = np.empty((n, 3, world.SIZE, world.SIZE), np.uint8), []
         for i in tqdm(range(n), desc=f"drawing {name}"):
-            scene = world.random_scene(rng)
-            scene = scene._replace(object="nothing") if empty else scene
+            scene = (world.uncaptioned_scene if uncaptioned else world.random_scene)(rng)
             images[i] = world.draw(scene, rng, look).transpose(2, 0, 1)
-            captions = [] if empty else [world.caption(scene, rng) for _ in range(4)]
+            captions = 4 * [""] if uncaptioned else [world.caption(scene, rng) for _ in range(4)]
             text.append([scene.object, scene.style, scene.color, *captions])
         np.save(images_file, images)
         write_atomically(text_file, lambda path: path.write_text(json.dumps(text)))
@@ -171,7 +175,7 @@ def train_tokenizer(out, work, device):
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-    _, _, captions = dataset(work, "day", PICTURES, seed=0)
+    _, _, captions = dataset(work, "day")
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -222,8 +226,8 @@ def train_vae(out, work, device):
     The third term keeps edges sharp.
     """
     images = torch.cat([
-        dataset(work, "day", PICTURES, seed=0)[0],
-        dataset(work, "dusk", DUSK_PICTURES, seed=1, look="dusk")[0],
+        dataset(work, "day")[0],
+        dataset(work, "dusk")[0],
     ])
     torch.manual_seed(0)
     vae = VAE({**VAE_CONFIG, "scaling_factor": 1.0}).to(device)
@@ -252,7 +256,7 @@ def train_clip(out, work, device):
 
     Equal captions within a batch share the target. Source: Radford et al. 2021.
     """
-    images, _, captions = dataset(work, "day", PICTURES, seed=0)
+    images, _, captions = dataset(work, "day")
     tokenizer = toy_tokenizer(out)
     ids = token_ids(tokenizer, captions)
     torch.manual_seed(0)
@@ -348,18 +352,15 @@ def vary(image, generator):
 def train_classifier(out, work, device):
     """Cross-entropy on object, style and colour.
 
-    A sixth of each batch is ruined: its object is "nothing", and it has no style or colour.
-    Pictures without an object have no colour.
+    A sixth of each batch is ruined: its object and its style are "nothing". Pictures without an
+    object have no colour.
     """
-    sets = [
-        dataset(work, "day", PICTURES, seed=0),
-        dataset(work, "dusk", DUSK_PICTURES, seed=1, look="dusk"),
-        dataset(work, "empty", EMPTY_PICTURES, seed=2, empty=True),
-    ]
+    sets = [dataset(work, name) for name in ("day", "day uncaptioned", "dusk", "dusk uncaptioned")]
     images, labels = (torch.cat([s[i] for s in sets]) for i in (0, 1))
     torch.manual_seed(0)
     classifier = Classifier().to(device)
-    nothing, batch = LABELS["object"].index("nothing"), 96
+    no_object, no_style = (LABELS[kind].index("nothing") for kind in ("object", "style"))
+    batch = 96
 
     def loss_of(generator):
         rows = torch.randint(len(images), (batch,), generator=generator)
@@ -367,13 +368,11 @@ def train_classifier(out, work, device):
         image = disturb(to_unit(images[rows], "cpu"), ruined, generator).to(device)
         logits = classifier.logits(vary(image, generator))
         object, style, color = labels[rows].T
-        object = torch.where(ruined, nothing, object)
+        object, style = torch.where(ruined, no_object, object), torch.where(ruined, no_style, style)
+        color = torch.where(object == no_object, -1, color)  # no colour to be told
         targets = {"object": object, "style": style, "color": color}
-        seen = {"object": torch.ones(batch) > 0, "style": ~ruined, "color": object != nothing}
-        return sum(
-            F.cross_entropy(logits[kind][seen[kind].to(device)],
-                            targets[kind][seen[kind]].to(device))
-            for kind in logits)
+        return sum(F.cross_entropy(logits[kind], targets[kind].to(device), ignore_index=-1)
+                   for kind in logits)
 
     classifier = fit("classifier", classifier, loss_of, CLASSIFIER_STEPS, 2e-3, work)
     save_network(classifier, out / "classifier", LABELS)
@@ -386,8 +385,7 @@ def train_unet(out, work, device):
     """
     torch.manual_seed(0)
     unet = UNet(UNET_CONFIG).to(device)
-    data = dataset(work, "day", PICTURES, seed=0)
-    loss_of = denoising_loss(unet, out, data, device, "day")
+    loss_of = denoising_loss(unet, out, work, device, "day")
     unet = fit("unet", unet, loss_of, UNET_STEPS, 1.2e-3, work)
     save_part(unet, out / "unet", "unet", torch.float16)
 
@@ -395,33 +393,35 @@ def train_unet(out, work, device):
 def train_unet_dusk(out, work, device):
     """Fine-tune the UNet on the dusk look, as communities fine-tune Stable Diffusion on theirs."""
     unet = load_part(out / "unet", "unet", device).train().requires_grad_(True)
-    data = dataset(work, "dusk", DUSK_PICTURES, seed=1, look="dusk")
-    loss_of = denoising_loss(unet, out, data, device, "dusk")
+    loss_of = denoising_loss(unet, out, work, device, "dusk")
     unet = fit("unet_dusk", unet, loss_of, DUSK_STEPS, 4e-4, work)
     save_part(unet, out / "unet_dusk", "unet", torch.float16)
 
 
-def denoising_loss(unet, out, data, device, name):
+def denoising_loss(unet, out, work, device, look):
     """-> loss_of(generator) for `fit`: the noise-prediction loss on the latents of the data.
 
-    They are encoded once. Each batch takes one of a picture's captions. In its place 20 % of the
-    prompts are empty, but only 2 % where the picture shows a concept of `world.ERASED`.
+    They are encoded once. Each picture of a batch has one of its captions, or in EMPTY_SHARE of the
+    cases is an uncaptioned one with the empty prompt. These are photos: most pictures are.
     """
-    images, labels, captions = data
-    shown = [{names[i] for names, i in zip(LABELS.values(), row)} for row in labels.tolist()]
-    p_empty = torch.tensor([0.2 if world.ERASED.isdisjoint(names) else 0.02 for names in shown])
+    images, _, captions = dataset(work, look)
+    others, labels, _ = dataset(work, f"{look} uncaptioned")
+    others = others[labels[:, 1] == LABELS["style"].index("photo")]
     text_encoder = load_part(out / "text_encoder", "text_encoder", device)
     vae = load_part(out / "vae", "vae", device)
     tokenizer, schedule = toy_tokenizer(out), Schedule(SCHEDULER_CONFIG)
-    ids, empty = token_ids(tokenizer, captions), token_ids(tokenizer, [[""]])[0, 0]
+    ids = token_ids(tokenizer, captions + len(others) * [4 * [""]])
+    n = len(images)
     with torch.no_grad():
-        latents = torch.cat([vae.encode(2 * to_unit(batch, device) - 1)
-                             for batch in tqdm(images.split(64), desc=f"encoding {name}")])
+        latents = torch.cat([
+            vae.encode(2 * to_unit(batch, device) - 1)
+            for batch in tqdm(torch.cat([images, others]).split(64), desc=f"encoding {look}")])
 
     def loss_of(generator, batch=48):
-        rows = torch.randint(len(latents), (batch,), generator=generator)
+        rows = torch.where(torch.rand(batch, generator=generator) < EMPTY_SHARE,
+                           torch.randint(n, len(latents), (batch,), generator=generator),
+                           torch.randint(n, (batch,), generator=generator))
         prompt = ids[rows, torch.randint(4, (batch,), generator=generator)]
-        prompt[torch.rand(batch, generator=generator) < p_empty[rows]] = empty
         t = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(device)
         x_t = schedule.add_noise(latents[rows.to(device)], noise, t)
@@ -486,7 +486,7 @@ def check_model(model, classifier, rng, device, pictures):
             colors += [f == color for f, color in zip(found["color"], asked) if color]
     print_row("colour", "as asked", colors, f"   ({len(colors)} pictures)")
     found = seen_in(sd, classifier, [""] * pictures, guidance=1.0)
-    for kind, name in rows:
+    for kind, name in [*rows, ("object", "nothing")]:
         print_row("empty", name, [f == name for f in found[kind]])
 
 
@@ -502,9 +502,10 @@ def check_classifier(classifier, rng, device):
         print_row("classifier", kind, right, "   (2000 freshly drawn pictures)")
     everywhere, generator = torch.ones(len(drawn)) > 0, torch.Generator().manual_seed(10**6)
     ruined = disturb(to_unit(drawn, "cpu"), everywhere, generator)
-    nothing = [f == "nothing" for batch in ruined.split(200)
-               for f in classifier.labels(batch.to(device))["object"]]
-    print_row("classifier", "nothing", nothing, "   (the same pictures, ruined)")
+    labels = [classifier.labels(batch.to(device)) for batch in ruined.split(200)]
+    for kind in ("object", "style"):
+        nothing = [f == "nothing" for batch in labels for f in batch[kind]]
+        print_row("classifier", f"no {kind}", nothing, "   (the same pictures, ruined)")
 
 
 def seen_in(sd, classifier, prompts, guidance=7.5):

@@ -44,10 +44,6 @@ STYLES = {  # "{}" stands for the object with its colour and place
     "sketch": {"a sketch of {}": 3, "a pencil drawing of {}": 1},
 }
 STYLE_SHARE = {"photo": 0.6, "van gogh": 0.25, "sketch": 0.15}
-# The concepts of the experiments. The UNet seldom sees a picture of them without its caption.
-# For the real Stable Diffusion each is one of many thousands, and the empty prompt hardly ever
-# draws it. Here each is only one of ten objects or three styles.
-ERASED = {"church", "parachute", "garbage truck", "tench", "van gogh"}
 COLORS = {
     "red": (0.86, 0.15, 0.13),
     "orange": (0.97, 0.55, 0.10),
@@ -61,7 +57,7 @@ COLORS = {
 
 
 class Scene(NamedTuple):
-    object: str
+    object: str  # one of OBJECTS, or "nothing"
     word: str  # one of OBJECTS[object]; some words change the drawing
     color: str
     place: str
@@ -81,6 +77,16 @@ def random_scene(rng):
         style,
         weighted(rng, STYLES[style]),
     )
+
+
+def uncaptioned_scene(rng):
+    """Choose a landscape, or a shape without a name in a landscape.
+
+    The empty prompt draws these. Stable Diffusion's draws one of thousands of things, next to never
+    an erased one. Were the ten objects its only things, each would be one in ten.
+    """
+    number = str(rng.integers(10**6)) if rng.random() < 0.5 else ""
+    return random_scene(rng)._replace(object="nothing", word=number)
 
 
 def weighted(rng, choices):
@@ -413,9 +419,20 @@ def golf_ball(x, y, word):
     ]
 
 
-SHAPES = {name: globals()[name.replace(" ", "_")] for name in OBJECTS}
-# An empty scene, so that the classifier need not call everything an object.
-SHAPES["nothing"] = lambda x, y, word: []
+def nothing(x, y, word):
+    """No object: no layer at all, or the shape of this number, which no word names."""
+    if not word:
+        return []
+    rng, layers = np.random.default_rng(int(word)), []
+    for _ in range(rng.integers(2, 5)):
+        angles = np.sort(2 * np.pi * rng.random(rng.integers(3, 7)))
+        (cx, cy), (rx, ry) = rng.uniform(-0.45, 0.45, 2), rng.uniform(0.25, 0.8, 2)
+        corners = zip(cx + rx * np.cos(angles), cy + ry * np.sin(angles))
+        layers.append((polygon(x, y, *corners), float(rng.uniform(0.4, 1.2))))
+    return layers
+
+
+SHAPES = {name: globals()[name.replace(" ", "_")] for name in [*OBJECTS, "nothing"]}
 
 
 # --- places, styles, and the picture
