@@ -147,7 +147,7 @@ BY_HALF = """    x_t = sd.schedule.add_noise(x_0, noise, t)
     return squared_error(sd.predict_noise(x_t, t, context), noise.flip(0))"""
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_students_copy_is_graded_by_pytest(tmp_path):
     out = tmp_path / "homework"
 

@@ -305,7 +305,7 @@ def test_compare_from_the_command_line(tmp_path, capsys):
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_two_processes_take_turns_at_the_methods(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
                "advunlearn.py", *SMALLER, "--methods", "original", "ESD", "--out", str(tmp_path)]

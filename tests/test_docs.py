@@ -61,7 +61,7 @@ for given in json.loads(sys.argv[1]):
 """
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_commands_of_the_method_run(tmp_path):
     """All that need no download, in the documents' order, in one folder; each on a small budget."""
     different = {}
@@ -93,7 +93,7 @@ OTHERS = {
     "python -m sd_mini.toy.train --out my-toy": None, "python -m sd_mini.toy.train --check": None}
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_other_commands_run(tmp_path):
     others = [command for command in COMMANDS if not command.startswith("python advunlearn.py")]
     assert set(others) == set(OTHERS)
@@ -106,7 +106,7 @@ def test_other_commands_run(tmp_path):
     assert (tmp_path / "homework/HANDOUT.md").is_file()
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_python_blocks_run(tmp_path):
     """... and print what stands below them, up to the last digits."""
     pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"

@@ -49,7 +49,7 @@ def figures(out):
             if key not in ("minutes", "unet_evaluations")}
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_killed_runs_go_on_to_the_same_bytes(tmp_path):
     began = time.time()
     assert start(tmp_path / "whole").wait() == 0

@@ -205,7 +205,7 @@ assert len(history) == 10 and done[1] == 0 and len(plt.get_fignums()) == 1
 """
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_a_notebook_keeps_its_plots_environment_and_signals(tmp_path):
     """Plot before and after the import; train ten iterations in a thread with `Config()`."""
     done = subprocess.run([sys.executable, "-c", HOST], cwd=tmp_path, text=True,

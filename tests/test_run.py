@@ -289,7 +289,7 @@ def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
     assert re.match(r"[\d.]+ minutes, ", bench.bench_v1_run()[0])
 
 
-@pytest.mark.beside
+@pytest.mark.long
 def test_two_processes_give_what_one_gives(tmp_path):
     """The same weights to the byte, since process 0 trains, and the same figures."""
     flags = ["--concept", "church", *FLAGS, "--eval-batch", "2", "--eval-attacks", "token",
