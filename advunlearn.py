@@ -8,7 +8,7 @@ UnlearnDiffAtk: Zhang et al., ECCV 2024 (arXiv 2310.11868).
 
 Read from top to bottom beside the paper: settings, diffusion, erase, trajectories, attack, retain,
 outer loop, attacks of the evaluation. The model `sd` is a dataclass of tokenizer, text encoder,
-UNet, VAE and schedule. It is used through these calls, for N prompts or pictures at a time:
+UNet, VAE and schedule. It is used mostly through these calls, N prompts or pictures at a time:
 
     sd.encode_prompt(prompts)           -> context (N, L, D)
     sd.predict_noise(x_t, t, context)   -> eps_theta(x_t | c), like x_t
@@ -56,13 +56,13 @@ EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
 class Config(Settings):
     """The method's own settings. Defaults are the paper's for objects and styles.
 
-    Any method has the `Settings`; used here are seed, task, save_every, token_lr (Adam's, for p),
-    eval_batch, eval_prefix (k), eval_attack_steps and eval_looks.
+    Any method has the `Settings`. Used here are seed, task, save_every, retain_set, token_lr (of
+    AdamW, for p), eval_batch, eval_prefix (k), eval_longer, eval_attack_steps and eval_looks.
     """
 
     train: str = setting("text_encoder", "what is trained; the paper prefers the first", TRAINED)
     layers: int = setting(1, "the first layers; 0: all, and the final norm (nudity)", low=0)
-    train_embeddings: bool = setting(False, "train the embeddings too, as the paper never does")
+    train_embeddings: bool = setting(False, "train the embeddings too; the paper never does")
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
     lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
@@ -166,10 +166,9 @@ class Latents(NamedTuple):
 
 @torch.no_grad()
 def sample_latents(sd_o, prompts, seeds, steps, stop=None):
-    """The frozen model's DDIM runs, one per prompt and seed -> x_t, eps_c, eps_empty.
+    """The frozen model's DDIM runs, one for each (prompt, seed) -> x_t, eps_c, eps_empty.
 
-    Each is (N, steps, 4, h, w): guided sampling computes both predictions anyway. The guidance is
-    as published. `stop`: the first of the steps alone.
+    Each is (N, steps, 4, h, w), or (N, stop, ...). Guidance (3, as published) computes both anyway.
     """
     run = sd_o.denoise(sd_o.initial_noise(seeds), sd_o.encode_prompt(prompts), steps, guidance=3.0)
     latents = [step[1:] for step in islice(run, stop or steps)]
@@ -177,12 +176,12 @@ def sample_latents(sd_o, prompts, seeds, steps, stop=None):
 
 
 def trajectory_bank(sd_o, prompts, config):
-    """All latents of `trajectories` sampling runs -> draw(n, generator, times) -> `times` Latents.
+    """All latents of `trajectories` or more sampling runs -> draw(n, generator, times=1).
 
-    Those of a draw have the same n prompts: one is for the erase loss, the others are for the steps
-    of its attack. The published code samples again, 1 to 50 guided steps, for each. But x_t and
-    eps_o come from the frozen model: here they are sampled once. And here t is the noise level of
-    x_t: the published chain tells the UNet a t that is 39 to 58 levels higher.
+    draw gives a list of `times` Latents, of the same n prompts: one for the erase loss, the others
+    for the steps of its attack. The published code samples each anew, with 1 to 50 guided steps.
+    But x_t and eps_o come from the frozen model: here they are sampled once. And here t is the
+    noise level of x_t: the published code tells the UNet a t that is 39 to 58 higher.
     """
     each = math.ceil(config.trajectories / len(prompts))  # runs of each prompt
     grid = torch.tensor(sd_o.schedule.timesteps(config.trajectory_steps))
@@ -196,7 +195,7 @@ def trajectory_bank(sd_o, prompts, config):
     runs = range(each * len(prompts))
     parts = [runs[i : i + config.eval_batch] for i in runs[:: config.eval_batch]]
     sampled = zip(*share(sample, parts, "sampling the bank"))
-    bank = placed(map(torch.cat, sampled), sd_o.device)
+    bank = placed(map(torch.cat, sampled), "cpu" if config.low_memory else sd_o.device)
 
     def draw(n, generator, times=1):
         prompt = torch.randint(len(prompts), (n,), generator=generator).expand(times, n)
@@ -209,15 +208,15 @@ def trajectory_bank(sd_o, prompts, config):
 
 
 def sample_afresh(sd_o, prompts, config):
-    """For comparison, the published schedule with t of x_t: n sampling runs up to a random step."""
+    """For comparison: like trajectory_bank, but each draw samples n runs, up to one random step."""
     grid = torch.tensor(sd_o.schedule.timesteps(config.trajectory_steps))
 
     def draw(n, generator, times=1):
         prompt, drawn = torch.randint(len(prompts), (n,), generator=generator), []
         for last in torch.randint(len(grid), (times,), generator=generator).tolist():
             seeds = torch.randint(2**31, (n,), generator=generator).tolist()
-            columns = sample_latents(sd_o, [prompts[i] for i in prompt], seeds, len(grid), last + 1)
-            columns = [prompt, grid[last].expand(n), *(column[:, -1] for column in columns)]
+            run = sample_latents(sd_o, [prompts[i] for i in prompt], seeds, len(grid), last + 1)
+            columns = [prompt, grid[last].expand(n), *(column[:, -1] for column in run)]
             drawn.append(Latents(*(column.to(sd_o.device) for column in columns)))
         return drawn
     return draw
@@ -235,11 +234,9 @@ class Attack(NamedTuple):
 
 def training_attack(config):
     """The config's attack in training. "fast" is one step of length steps * lr."""
-    steps, lr = config.attack_steps, config.attack_lr
-    if config.attack == "fast":
-        steps, lr = 1, steps * lr
-    lr = config.token_lr if config.attack == "token" else lr  # moves p, and attack_lr delta
-    return Attack(config.attack, steps, lr, config.prefix, config.attack_radius)
+    lr = config.token_lr if config.attack == "token" else config.attack_lr  # moves p, or delta
+    attack = Attack(config.attack, config.attack_steps, lr, config.prefix, config.attack_radius)
+    return attack._replace(steps=1, lr=attack.steps * lr) if attack.kind == "fast" else attack
 
 
 def insert_prefix(tokens, delta):
@@ -282,9 +279,9 @@ def embedding_attack(table, start, loss_of, attack):
 
         argmin over ||delta - delta_0||_inf <= radius of  loss_of(delta)
 
-    table = E (V, D); start (N, k) ids, whose embeddings are delta_0; loss_of(delta) -> (N,): l_atk
-    in training. Yields at each step delta (N, k, D) and the losses before the step. Kind "fast"
-    steps by lr * sign(gradient), the others by Adam. The published code has no radius.
+    table = E (V, D); start (N, k) ids of delta_0; loss_of(delta) -> a loss for each row still under
+    attack (in training l_atk). Yields each step's new delta (N, k, D), and the losses before it.
+    "fast" steps by lr * sign(gradient), "embedding" by Adam. The published code has no radius.
     """
     delta_0 = table[start].detach().float()
     delta = delta_0.clone().requires_grad_(True)
@@ -299,7 +296,7 @@ def embedding_attack(table, start, loss_of, attack):
             else:
                 adam.step()
             if attack.radius is not None:
-                delta.copy_(delta_0 + (delta - delta_0).clamp(-attack.radius, attack.radius))
+                delta.clamp_(delta_0 - attack.radius, delta_0 + attack.radius)
         yield delta.detach().clone(), losses.detach()
 
 
@@ -317,7 +314,7 @@ def project_simplex(v):
 
 @lru_cache(maxsize=4)
 def legal_tokens(tokenizer):
-    """Ids (V',) of the tokens that, decoded and tokenised again, are themselves, and printable."""
+    """Ids (V',) of the tokens a user can type: printable, and themselves when tokenised again."""
     ids = [i for i in range(len(tokenizer)) if i not in tokenizer.all_special_ids]
     texts = tokenizer.batch_decode([[i] for i in ids])
     again = tokenizer(texts).input_ids
@@ -326,25 +323,25 @@ def legal_tokens(tokenizer):
 
 
 def token_attack(table, legal, n, loss_of, attack, generator):
-    """The discrete attack, UnlearnDiffAtk's: descend on k distributions p over tokens.
+    """The discrete attack, UnlearnDiffAtk's: descend on k distributions p over legal tokens.
 
         delta = E[i] + (p E - stop_gradient(p E)),  i ~ p,    p <- project_simplex(Adam step on p)
 
     Each step draws a token i per position. The loss sees real tokens; the gradient passes as if p
-    itself had been embedded (straight-through). table = E (V, D); legal (V',) ids allowed;
-    loss_of(delta) -> (N,). Yields at each step the likeliest ids (N, k) and the losses of the
-    tokens drawn. Source: UnlearnDiffAtk and its code.
+    itself had been embedded (straight-through). table (V, D): E here is its rows `legal` (V',).
+    loss_of(delta) -> a loss for each row still under attack. Yields each step's likeliest ids
+    (n, k), after it, and the losses of the tokens drawn. Source: UnlearnDiffAtk and its code.
     """
     table = table[legal].detach().float()
     p = torch.rand((n, attack.k, len(legal)), generator=generator).to(table.device)
-    p = project_simplex(p / p.sum(-1, keepdim=True)).requires_grad_(True)
+    p = (p / p.sum(-1, keepdim=True)).requires_grad_(True)
     uniform = torch.rand((attack.steps, n, attack.k, 1), generator=generator).to(table.device)
-    adam = torch.optim.AdamW([p], lr=attack.lr, weight_decay=0.1)  # Adam's would swamp gradients
+    adam = torch.optim.AdamW([p], lr=attack.lr, weight_decay=0.1)  # in Adam, decay swamps gradients
     for u in uniform:
         drawn = (p.detach().cumsum(-1) < u).sum(-1)  # i ~ p, by the inverse distribution function
         hard = table[drawn.clamp(max=len(legal) - 1)]
         soft = p @ table
-        losses = loss_of(hard + soft - soft.detach())
+        losses = loss_of(hard + (soft - soft.detach()))
         p.grad = torch.autograd.grad(losses.sum(), p)[0]
         adam.step()
         with torch.no_grad():
@@ -353,17 +350,17 @@ def token_attack(table, legal, n, loss_of, attack, generator):
 
 
 def random_tokens(sd, shape, generator):
-    """Legal ids of that shape: where an embedding attack starts."""
+    """Legal ids of that shape: an embedding attack starts there, the random one tries them."""
     legal = legal_tokens(sd.tokenizer)
     return legal[torch.randint(len(legal), shape, generator=generator)].to(sd.device)
 
 
 def run_attack(sd, attack, n, loss_of, generator):
-    """Attack with n prefixes at once: yields (delta (n, k, D), ids (n, k) or None, losses)."""
+    """Find n prefixes at once: yields (delta (n, k, D), ids (n, k) or None, losses or None)."""
     table = sd.text_encoder.embeddings.token_embedding.weight
     if attack.kind == "random":  # the control of the token attack: trying, without searching
         for ids in random_tokens(sd, (attack.steps, n, attack.k), generator):
-            yield table[ids], ids, None
+            yield table[ids].detach(), ids, None
     elif attack.kind == "token":
         legal = legal_tokens(sd.tokenizer).to(sd.device)
         for ids, losses in token_attack(table, legal, n, loss_of, attack, generator):
@@ -404,8 +401,8 @@ def parameters_to_train(sd, config):
 def adversarial_prefix(sd, ids, latents, attack, generator):
     """Solve the lower level -> (delta (N, k, D), mean l_atk just before its last step).
 
-    Each step of the attack has N new `latents`, so that the prefix works at any t. They are of the
-    same N prompts, by index of `ids`: each row gets a prefix for its own prompt.
+    `latents` is a list, a Latents (of N) for each step of the attack: the prefix has to work at any
+    t. All are of the same N prompts, rows of `ids`: each row gets a prefix for its own prompt.
     """
     new = iter(latents)
     def loss_of(delta):
@@ -421,11 +418,11 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
     """The paper's algorithm -> (the erased model, the losses of each iteration).
 
         min over theta  l_ESD(theta, c*) + gamma * E_r || eps_theta(x_t | r) - eps_o(x_t | r) ||^2
-        where c* = argmin l_atk
+        where c* = argmin over c' = [delta, c] of l_atk(theta, c')
 
     With `attack` none and gamma 0 this is ESD. With gamma 0 alone it is naive AT: adversarial
     training without retain loss. `folder` keeps the state of a stopped run, which goes on from
-    there. The same seed gives the same bytes: it seeds the banks, and one generator for the rest.
+    there. The same seed gives the same bytes: it seeds the banks and the loop's two generators.
     """
     part = "text_encoder" if config.train == "text_encoder" else "unet"
     sd = replace(sd_o, **{part: copy.deepcopy(getattr(sd_o, part)).float()})
@@ -443,12 +440,12 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
     loop = resumable(folder, config.steps, theta, optimizer, generator, config.save_every)
     with loop as (iterations, history):
         for i in iterations:
-            # draw all at once, so that nothing later waits for it
+            # draw all latents here: a copy to the GPU inside the attack would stall it
             plain = i < config.warmup or config.attack == "none" or chance[i] < config.plain_share
             z, *others = draw(config.erase_batch, generator, 1 if plain else 1 + attack.steps)
-            [z_r] = draw_retain(config.retain_batch, generator)  # whose c is r
+            [z_r] = draw_retain(config.retain_batch, generator)  # its eps_c is eps_r
 
-            # attack: c* = [delta, c]; in warm-up, and in a share of the other steps, c itself
+            # attack: c* = [delta, c]; if plain, c itself
             if plain:
                 context, l_attack = sd.encode(ids[z.prompt]), None
             else:
@@ -476,7 +473,7 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
 # --------------------------------------------------------------------- attacks of the evaluation
 
 def draw_noise(sd, x_0, steps, generator):
-    """-> for each step of an attack t (N,) and noise (N, 4, h, w), for N pictures x_0."""
+    """-> for each step of an attack t (N,) and noise (N, 4, h, w), for N latents like x_0."""
     t = torch.randint(len(sd.schedule.alpha_bar), (steps, len(x_0)), generator=generator)
     noise = torch.randn((steps, *x_0.shape), generator=generator)
     return zip(t.to(x_0.device), noise.to(x_0))
@@ -488,10 +485,10 @@ def prefix_attack(sd, prompts, pictures, look, config, kind):
         argmin over delta of  E || eps - eps_theta(x_t | [delta, c]) ||^2
 
     pictures (N, 3, H, W) in [0, 1]: the targets, what the original model drew. `kind`: token;
-    longer, more tokens than training had; embedding, whose prefixes no user can type; random, the
-    control. `eval_looks` times, look(step, left, context, texts) draws the prompts that are left
-    and says of each whether it shows the concept. Those that do are done. Tokens count by their
-    text alone: they are decoded and tokenised again with the prompt.
+    longer, by eval_longer tokens; embedding, whose prefixes no user can type; random, the control.
+    Up to `eval_looks` times, look(step, left, context, texts) draws the prompts with index in left,
+    and says of each whether it shows the concept. Those that do are done. texts is None for
+    embeddings. Tokens count by their text alone: decoded, and tokenised again with the prompt.
     """
     lr = EMBEDDING_LR if kind == "embedding" else config.token_lr
     k = config.eval_prefix + config.eval_longer * (kind == "longer")
@@ -500,7 +497,7 @@ def prefix_attack(sd, prompts, pictures, look, config, kind):
     ids = tokenize_with_room(sd, prompts, k)
     x_0 = sd.vae.encode(2 * pictures - 1)
     rows = torch.arange(len(prompts), device=sd.device)  # those that do not yet show the concept
-    new = draw_noise(sd, x_0, attack.steps, generator)  # of a row the same, whoever is done
+    new = draw_noise(sd, x_0, attack.steps, generator)  # for done rows too: each row keeps its own
     def loss_of(delta):
         t, noise = next(new)
         context = encode_with_prefix(sd, ids[rows], delta[rows])
@@ -540,14 +537,15 @@ def inversion_attack(sd, prompts, pictures, config):
     def encode(ids, v):
         return sd.encode(torch.where((ids == star)[..., None], v, table[ids]))
 
+    attack = Attack("embedding", config.eval_attack_steps, EMBEDDING_LR, k=1)
+    n = min(len(prompts), config.eval_batch)
+    rows = torch.randint(len(prompts), (attack.steps, n), generator=generator).to(sd.device)
+    new = zip(rows, draw_noise(sd, x_0[:n], attack.steps, generator))
+
     def loss_of(v):
         i, (t, noise) = next(new)
         return ddpm_loss(sd, x_0[i], t, noise, encode(ids[i], v)).mean(0, keepdim=True)
 
-    attack = Attack("embedding", config.eval_attack_steps, EMBEDDING_LR, k=1)
-    n = min(len(prompts), config.eval_batch)
-    i = torch.randint(len(prompts), (attack.steps, n), generator=generator).to(sd.device)
-    new = zip(i, draw_noise(sd, x_0[:n], attack.steps, generator))
     start = random_tokens(sd, (1, 1), generator)
     *_, (v, _) = embedding_attack(table, start, loss_of, attack)
     return encode(ids, v)
@@ -558,24 +556,26 @@ def inversion_attack(sd, prompts, pictures, config):
 def check_prompts(sd_o, erase_prompts, retain_prompts, config):
     """ValueError, before any work, for what would fail later."""
     parameters_to_train(sd_o, config)
+    tokenize_with_room(sd_o, erase_prompts, config.prefix)
+    tokenize_with_room(sd_o, retain_prompts, 0)
     counts = len(erase_prompts), len(retain_prompts)
     latents = config.trajectory_steps * sum(n * math.ceil(config.trajectories / n) for n in counts)
-    check_memory("the bank", 12 * latents * math.prod(sd_o.latent_shape), "--trajectory-steps")
-    tokenize_with_room(sd_o, erase_prompts, config.prefix)
+    if not config.fresh_trajectories:  # 12: x_t, eps_c and eps_empty, in float32
+        check_memory("the bank", 12 * latents * math.prod(sd_o.latent_shape), "--trajectory-steps")
 
 
 def comparison_rows(sd_o, concepts, config):
     """The paper's tables, and some more: {row: what it changes in the config}."""
-    other = dict(retain_weight=0.0,  # a prefix longer than trained is for AdvUnlearn's rows alone
-                 eval_attacks=tuple(kind for kind in config.eval_attacks if kind != "longer"))
+    attacks = tuple(kind for kind in config.eval_attacks if kind != "longer")  # AdvUnlearn's alone
+    no_retain = dict(retain_weight=0.0, eval_attacks=attacks)
     times, lr, eta = config.esd
-    esd = dict(other, attack="none", steps=times * config.steps, lr=lr, eta=eta)
+    esd = dict(no_retain, attack="none", steps=times * config.steps, lr=lr, eta=eta)
     published = "cross_attention" if concepts[0].kind == "style" else "no_cross_attention"
     rows = {
         "original": None,
         "ESD": dict(esd, train=published),  # ESD-x for styles, ESD-u for objects
-        "ESD, text encoder": dict(other, attack="none"),
-        "naive AT": other,
+        "ESD, text encoder": dict(no_retain, attack="none"),
+        "naive AT": no_retain,
         "AdvUnlearn": {},
         "AdvUnlearn, UNet": dict(train="unet"),
         "AdvUnlearn, fast AT": dict(attack="fast"),

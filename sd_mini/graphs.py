@@ -14,8 +14,9 @@ class Graphs:
     """`sd.run` on a GPU: graphs(network, *tensors) is network(*tensors), replayed where it pays.
 
     It pays for small batches. Networks in training are called directly, since a graph would compute
-    the gradients of their weights in each step of an attack. The first replay is compared with the
-    direct call. If they differ, or nothing can be recorded, all is called directly from then on.
+    the gradients of their weights in each step of an attack; and so is what autocast casts. The
+    first replay is compared with the direct call. If they differ, or nothing can be recorded, all
+    is called directly from then on.
     """
 
     def __init__(self, record=None):
@@ -25,8 +26,9 @@ class Graphs:
         self.broken = False
 
     def __call__(self, network, *inputs):
-        trained = any(p.requires_grad for p in network.parameters())
-        if self.broken or trained or len(inputs[0]) > ROWS:
+        if self.broken or len(inputs[0]) > ROWS or torch.is_autocast_enabled():
+            return network(*inputs)
+        if any(p.requires_grad for p in network.parameters()):
             return network(*inputs)
         grad = torch.is_grad_enabled()
         key = tuple((x.shape, x.dtype, grad and x.requires_grad) for x in inputs)
@@ -36,6 +38,9 @@ class Graphs:
                 replays[key] = self.recorded(network, inputs)
             except RuntimeError as error:
                 self.broken = True
+                self.replays.clear(), self.waiting.clear()  # and their memory
+                if inputs[0].is_cuda:  # a recording that failed may leave its own stream behind
+                    torch.cuda.set_stream(torch.cuda.default_stream())
                 print(f"CUDA graphs: off, since {str(error).splitlines()[0]}")
         if self.broken or replays[key] in self.waiting:
             return network(*inputs)
@@ -48,7 +53,7 @@ class Graphs:
     def recorded(self, network, inputs):
         """A function that replays network(*inputs) for other inputs, or RuntimeError."""
         own = weakref.ref(network)  # the graph must not keep a network that is done with
-        samples = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
+        samples = tuple(torch.zeros_like(x).requires_grad_(x.requires_grad) for x in inputs)
         replay = self.record(lambda *inputs: own()(*inputs), samples)
         answers = []
         for run in (network, replay):
@@ -57,6 +62,7 @@ class Graphs:
             gradients = torch.autograd.grad(out.square().sum(), wanted) if wanted else ()
             answers.append([x.detach().float().clone() for x in (out, *gradients)])
         for direct, replayed in zip(*answers):
-            if (direct - replayed).norm() > 0.02 * direct.norm():
+            # In bf16 two runs differ by up to 2 %. A replay that has gone wrong differs wholly.
+            if not (direct - replayed).norm() <= 0.1 * direct.norm():
                 raise RuntimeError("a replay gives other numbers than the network")
         return replay

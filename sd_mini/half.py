@@ -26,9 +26,9 @@ class Reduce(torch.autograd.Function):
     """The same forward, in float16. Backward: in float32, divided by what `Enlarge` multiplied."""
 
     @staticmethod
-    def forward(ctx, context, scale):
+    def forward(ctx, x, scale):
         ctx.scale = scale
-        return context.half()
+        return x.half()
 
     @staticmethod
     def backward(ctx, grad):
@@ -38,6 +38,6 @@ class Reduce(torch.autograd.Function):
 def scaled_gradients(dtype):
     """-> (enter, leave), to be put around a network of that dtype; at other dtypes a plain cast."""
     if dtype != torch.float16:
-        return lambda context: context.to(dtype), lambda out: out
+        return lambda x: x.to(dtype), lambda out: out
     scale = []
-    return (lambda context: Reduce.apply(context, scale)), (lambda out: Enlarge.apply(out, scale))
+    return (lambda x: Reduce.apply(x, scale)), (lambda out: Enlarge.apply(out, scale))

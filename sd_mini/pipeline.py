@@ -80,7 +80,7 @@ class StableDiffusion:
         enter, leave = half.scaled_gradients(self.dtype)
         mixed = self.dtype != self.precision == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
-            eps = self.run(self.unet, x_t.to(self.dtype), t, enter(context))
+            eps = self.run(self.unet, enter(x_t), t, enter(context))
         out = leave(eps.float())
         return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
 

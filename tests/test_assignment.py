@@ -49,8 +49,8 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
         ("length = len(sd.tokenizer(prompt).input_ids)", ["length = len(prompt.split())"])],
     6: [("delta.grad = torch.autograd.grad(losses.sum(), delta)[0]", ["losses.sum().backward()"]),
         ("delta -= attack.lr * delta.grad.sign()", ["delta += attack.lr * delta.grad.sign()"]),
-        ("delta_0 + (delta - delta_0).clamp(-attack.radius, attack.radius)", [
-            "delta.clamp(-attack.radius, attack.radius)"]),
+        ("delta.clamp_(delta_0 - attack.radius, delta_0 + attack.radius)", [
+            "delta.clamp_(-attack.radius, attack.radius)"]),
         ("delta_0 = table[start].detach().float()", [
             "delta_0 = 0 * table[start].detach().float()"])],
     7: [("return (v - excess.gather(-1, last)).clamp(min=0)", [
@@ -60,7 +60,7 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
             "last = (u > excess).sum(-1, keepdim=True) * 0"]),
         ("u = v.sort(dim=-1, descending=True).values", [
             "u = v.sort(dim=0, descending=True).values"])],
-    8: [("losses = loss_of(hard + soft - soft.detach())", ["losses = loss_of(soft)"]),
+    8: [("losses = loss_of(hard + (soft - soft.detach()))", ["losses = loss_of(soft)"]),
         ("p.copy_(project_simplex(p))", ["p.copy_(p)"]),
         ("yield legal[p.argmax(-1)], losses.detach()", [
             "yield p.argmax(-1), losses.detach()"]),

@@ -399,7 +399,7 @@ def test_out_of_gpu_memory_says_what_lowers_it(monkeypatch, tmp_path):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(experiment, "load_model", load_model)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**34)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**34)
     status, line, _ = cli("--out", str(tmp_path / "new"))
     assert status == 1 and "16.0 GiB in use" in line and "--low-memory" in line
 

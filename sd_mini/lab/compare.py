@@ -1,4 +1,5 @@
 """--task compare: the rows of a method, with the same prompts, seeds and budgets, in one table."""
+import gc
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ def compare(method, config):
         shared = experiment.with_pictures(shared, config)
 
     def run(name):
+        gc.collect()  # the model of the row before, and the GPU memory of its graphs
         own, folder = shared._replace(started=time.time()), folders[name]
         own.work.evaluations = 0
         with runs.locked(folder):

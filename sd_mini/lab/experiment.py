@@ -161,7 +161,7 @@ def train(method, experiment, config, folder=None):
         print(note)
     sd, history = method.train(sd_o, erase, retain, config, folder)
     for part in trained_parts(sd, sd_o):
-        getattr(sd, part).requires_grad_(False)
+        getattr(sd, part).requires_grad_(False).zero_grad()  # which would hold memory
     if sd.text_encoder is not sd_o.text_encoder:
         origin = {"erased_from": sd_mini.fingerprint(sd_o.text_encoder)}
         sd.text_encoder.config = {**sd.text_encoder.config, **origin}

@@ -170,14 +170,11 @@ def cached(folder, jobs):
 
 
 def placed(tensors, device):
-    """The tensors on the device, or in the host's memory where half of the GPU's cannot hold them.
-
-    It is pinned there: a copy to the GPU does not wait.
-    """
-    tensors = list(tensors)
+    """The tensors on the device, or as they are where half of a GPU's free memory is too small."""
+    tensors, device = list(tensors), torch.device(device)
     size = sum(tensor.nbytes for tensor in tensors)
     if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
-        return [tensor.pin_memory() for tensor in tensors]
+        return tensors
     return [tensor.to(device) for tensor in tensors]
 
 

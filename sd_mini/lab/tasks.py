@@ -72,7 +72,7 @@ def write_outputs(out, experiment, config, sd, results, pictures):
     for name in pictures if config.save_images else ():
         report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
     runs.close_folder(out)
-    memory = torch.cuda.max_memory_allocated() / 2**30 if config.device != "cpu" else 0
+    memory = torch.cuda.max_memory_reserved() / 2**30 if config.device != "cpu" else 0
     held = f", at most {memory:.1f} GiB on the GPU" if memory else ""
     names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
     print(f"{out}: {', '.join(names)}\n{experiment.work.evaluations:,.0f} UNet evaluations, "
@@ -115,7 +115,7 @@ def run_task(method, given):
     except ValueError as error:
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:
-        memory = torch.cuda.max_memory_allocated() / 2**30
+        memory = torch.cuda.max_memory_reserved() / 2**30
         status, message = 1, (f"out of GPU memory, {memory:.1f} GiB in use: smaller --eval-batch, "
                               "--retain-batch and --erase-batch, or --low-memory, need less")
     except (ArithmeticError, OSError) as error:
