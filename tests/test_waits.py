@@ -197,7 +197,7 @@ class Frozen(torch.nn.Module):
 
 
 def test_replays_give_the_networks_numbers_and_gradients():
-    """... also where two outputs wait for one backward, and where outputs are kept."""
+    """... also where two outputs wait for one backward, where outputs are kept, for each shape."""
     recorder, network = Recorder(), Frozen()
     run = graphs.Graphs(recorder)
     a, b = (torch.randn(2, 4, requires_grad=True) for _ in range(2))
@@ -208,7 +208,8 @@ def test_replays_give_the_networks_numbers_and_gradients():
     with torch.no_grad():
         first, second = run(network, a), run(network, b)
         torch.testing.assert_close((first, second), (network(a), network(b)))
-    assert recorder.recorded == 2 and recorder.replayed >= 2 + 3 + 2
+        torch.testing.assert_close(run(network, a[:1]), network(a[:1]))
+    assert recorder.recorded == 3 and recorder.replayed >= 3 + 3 + 3
 
 
 def test_graphs_leave_large_batches_and_networks_in_training_alone():
