@@ -60,6 +60,7 @@ class Experiment(NamedTuple):
 
 
 def load_model(config):
+    """The model of --model, on its device, in its precision; on a GPU with CUDA graphs."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes[config.precision]
     sd = sd_mini.load(config.model, config.device, dtype, config.tokenizer)
