@@ -13,14 +13,14 @@ import torch
 from .test_run import erase
 
 # (erase, attack, retain) of each iteration. One thread and two give losses of the text encoder that
-# differ by up to 2 %; these lie between.
+# differ, the smallest by 5e-5; these lie between.
 LOSSES = {
     "text_encoder": [
-        0.6244, 0.0, 4.386e-14, 0.03474, 0.0, 0.009073, 0.04071, 0.2738, 0.0001735,
-        0.6399, 0.01292, 0.0006825, 0.2427, 0.0394, 0.001273, 0.1826, 0.006633, 0.0005163],
+        0.9397, 0.0, 4.16e-14, 0.02395, 0.0, 0.00692, 0.06636, 0.03204, 7.27e-05,
+        0.03957, 0.02561, 0.001178, 0.1021, 0.03378, 0.0007783, 0.03966, 0.04076, 0.0002187],
     "unet": [
-        0.6244, 0.0, 4.386e-14, 0.02922, 0.0, 0.09043, 0.06136, 0.418, 0.002392,
-        0.8659, 0.02798, 0.007599, 0.1985, 0.122, 0.08721, 0.1578, 0.05003, 0.02102],
+        0.9397, 0.0, 4.16e-14, 0.02236, 0.0, 0.1224, 0.05083, 0.1478, 0.003431,
+        0.04819, 0.0257, 0.03413, 0.1136, 0.0368, 0.0305, 0.05195, 0.05263, 0.006188],
 }
 
 
@@ -35,4 +35,4 @@ def test_picture(sd):
 def test_losses(sd, train):
     _, history = erase(sd, train=train, plain_share=0.0)
     losses = [loss or 0.0 for losses in history for loss in losses.values()]
-    assert losses == pytest.approx(LOSSES[train], rel=0.05, abs=1e-5)
+    assert losses == pytest.approx(LOSSES[train], rel=0.05, abs=3e-5)

@@ -88,7 +88,8 @@ SCHEDULER_CONFIG = {  # Stable Diffusion 1.x's own
 }
 PICTURES, DUSK_PICTURES = 24000, 6000
 VAE_STEPS, CLIP_STEPS, CLASSIFIER_STEPS = 3000, 1500, 3000
-UNET_STEPS, DUSK_STEPS, EMPTY_SHARE = 5000, 600, 0.15
+UNET_STEPS, DUSK_STEPS = 5000, 600
+DROPPED, UNCAPTIONED = 0.05, 0.1  # shares of a batch whose prompt is empty
 
 
 # --- data
@@ -401,8 +402,9 @@ def train_unet_dusk(out, work, device):
 def denoising_loss(unet, out, work, device, look):
     """-> loss_of(generator) for `fit`: the noise-prediction loss on the latents of the data.
 
-    They are encoded once. Each picture of a batch has one of its captions, or in EMPTY_SHARE of the
-    cases is an uncaptioned one with the empty prompt. These are photos: most pictures are.
+    They are encoded once. Each picture of a batch has one of its captions. Two kinds have the empty
+    prompt instead, for guidance: DROPPED lose their caption, UNCAPTIONED never had one. The latter
+    are photos: most pictures are.
     """
     images, _, captions = dataset(work, look)
     others, labels, _ = dataset(work, f"{look} uncaptioned")
@@ -418,10 +420,12 @@ def denoising_loss(unet, out, work, device, look):
             for batch in tqdm(torch.cat([images, others]).split(64), desc=f"encoding {look}")])
 
     def loss_of(generator, batch=48):
-        rows = torch.where(torch.rand(batch, generator=generator) < EMPTY_SHARE,
+        u = torch.rand(batch, generator=generator)
+        rows = torch.where(u < UNCAPTIONED,
                            torch.randint(n, len(latents), (batch,), generator=generator),
                            torch.randint(n, (batch,), generator=generator))
         prompt = ids[rows, torch.randint(4, (batch,), generator=generator)]
+        prompt[u > 1 - DROPPED] = ids[-1, 0]
         t = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(device)
         x_t = schedule.add_noise(latents[rows.to(device)], noise, t)
