@@ -105,7 +105,7 @@ class Config(Settings):
 # delta by 0.08, 3.5 times the embeddings' standard deviation. Found on church and parachute.
 TOY = dict(layers=0, train_embeddings=True, steps=600, warmup=30, lr=4e-4, eta=2.0, erase_batch=8,
            plain_share=0.1, retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04,
-           prefix=7, trajectories=48, trajectory_steps=20, esd=(1, 2e-4, 4.0))
+           prefix=7, trajectories=48, trajectory_steps=20, esd=(1, 1e-4, 3.0))
 
 if __name__ == "__main__":
     answer_help(Config)  # now, since importing torch takes seconds
