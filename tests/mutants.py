@@ -332,8 +332,8 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      '"naive AT": no_retain,', '"naive AT": {},', ROWS),
     ("comparison: fast AT is the ordinary one", A,
      '"AdvUnlearn, fast AT": dict(attack="fast")', '"AdvUnlearn, fast AT": {}', ROWS),
-    ("comparison: ESD with as many steps as AdvUnlearn", A,
-     "steps=times * config.steps", "steps=config.steps", ROWS),
+    ("comparison: ESD with the learning rate of AdvUnlearn", A,
+     "lr=lr, eta=eta)", "lr=config.lr, eta=eta)", ROWS),
     ("comparison: ESD-x and ESD-u are swapped", A,
      'published = "cross_attention" if', 'published = "no_cross_attention" if', "compare::"
      "test_esd_is_the_published_one_for_each_kind"),

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import advunlearn as au
-from sd_mini.lab import classifiers, compare, evaluation, experiment, report
+from sd_mini.lab import classifiers, compare, evaluation, experiment, report, settings
 from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import (PROMPTS, Row, evaluation_rows, read_concepts, read_csv, read_rows,
                                  training_prompts, without_concept)
@@ -79,7 +79,8 @@ def test_a_concepts_line_sets_what_the_flags_do_not(flags, layers, gamma):
     config = resolve(au.METHOD, parse(au.Config, ["--model", "some/model", *flags]))
     assert (config.layers, config.retain_weight) == (layers, gamma)
     toy = resolve(au.METHOD, parse(au.Config, ["--model", "toy", *flags]))
-    assert (toy.retain_weight, toy.steps, toy.eval_prompts) == (15, 300, 24)
+    wanted = au.TOY["retain_weight"], au.TOY["steps"], settings.TOY["eval_prompts"]
+    assert (toy.retain_weight, toy.steps, toy.eval_prompts) == wanted
 
 
 @pytest.mark.parametrize("concept", [*CONCEPTS, "golden retriever"])
