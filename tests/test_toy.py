@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from sd_mini.toy import world
 from sd_mini.lab.prompts import read_concepts
+from sd_mini.toy import train, world
 from sd_mini.toy.classifier import LABELS, load_classifier
-from sd_mini.toy.train import disturb
+from sd_mini.weights import TOY
 
 ERASABLE = ["church", "garbage truck", "parachute", "tench"]
 
@@ -81,7 +81,7 @@ def test_classifier_says_nothing_where_nothing_is_to_be_seen():
         return torch.from_numpy(pictures).float() / 255
 
     scenes = [world.random_scene(rng) for _ in range(300)]
-    ruined = disturb(drawn(*scenes), torch.ones(300) > 0, torch.Generator().manual_seed(77))
+    ruined = train.disturb(drawn(*scenes), torch.ones(300) > 0, torch.Generator().manual_seed(77))
     found = classifier.labels(ruined)
     assert found["object"].count("nothing") >= 0.98 * 300
     for style in world.STYLES:
@@ -101,3 +101,25 @@ def test_the_toy_draws_what_is_asked(sd):
     right += [found["style"][-2] == "sketch", found["style"][-1] == "van gogh"]
     assert sum(right) >= len(right) - 1
     assert set(found["object"]) <= set(LABELS["object"])
+
+
+def test_a_batch_of_the_unet_has_its_shares_of_empty_prompts(sd, tmp_path, monkeypatch):
+    """Of 100 pictures five lose their caption and ten never had one; the others keep theirs."""
+    monkeypatch.setattr(train, "DUSK_PICTURES", 60)
+    contexts, latents = [], []
+
+    def unet(x_t, t, context):
+        contexts.append(context)
+        latents.append(x_t)
+        return torch.zeros_like(x_t)
+
+    loss_of = train.denoising_loss(unet, TOY, tmp_path, "cpu", "dusk")
+    monkeypatch.setattr(train.Schedule, "add_noise", lambda self, x_0, noise, t: x_0)
+    for step in range(60):
+        loss_of(torch.Generator().manual_seed(step))
+    empty = (torch.cat(contexts) - sd.encode_prompt([""])).abs().amax((1, 2)) < 1e-3
+    kinds, which = torch.cat(latents).flatten(1).unique(dim=0, return_inverse=True)
+    captioned = torch.zeros(len(kinds)).index_put_((which,), (~empty).float(), accumulate=True) > 0
+    without = ~captioned[which]  # pictures that never come with a caption
+    assert 0.12 < empty.float().mean() < 0.18
+    assert 0.07 < without.float().mean() < 0.13
