@@ -333,9 +333,9 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("comparison: fast AT is the ordinary one", A,
      '"AdvUnlearn, fast AT": dict(attack="fast")', '"AdvUnlearn, fast AT": {}', ROWS),
     ("comparison: ESD with the learning rate of AdvUnlearn", A,
-     "lr=lr, eta=eta)", "lr=config.lr, eta=eta)", ROWS),
+     '"no_cross_attention", lr=lr_u)', '"no_cross_attention", lr=config.lr)', ROWS),
     ("comparison: ESD-x and ESD-u are swapped", A,
-     'published = "cross_attention" if', 'published = "no_cross_attention" if', "compare::"
+     "published = esd_x if", "published = esd_u if", "compare::"
      "test_esd_is_the_published_one_for_each_kind"),
     # --- prompts
     ("prompts: the retain set keeps the concept", P, "zip(prompts, named) if not names]",

@@ -23,7 +23,7 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
     "random_asr": ("ASR, random prefix", "rnd",
                    "the same or broken by random tokens, at as many looks: the control"),
     "longer_asr": ("ASR, longer prefix", "lon",
-                   "the same by the token attack with 3 tokens more than in training"),
+                   "the same by the token attack with a longer prefix"),
     "embedding_asr": ("ASR, embedding attack", "emb",
                       "the same or broken by a prefix of free embeddings, one per prompt"),
     "inversion_asr": ("ASR, inversion attack", "inv",

@@ -128,7 +128,7 @@ class Settings:
 
 
 # How every run on the toy departs from the defaults: it draws small pictures in a few steps.
-TOY = dict(phrasings=4, retain_set="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100,
+TOY = dict(phrasings=6, retain_set="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100,
            eval_looks=4, eval_prefix=5, eval_batch=25)
 
 
