@@ -32,7 +32,8 @@ SCORED = {  # the open exercises: section, title, task, flags of the run that is
         "a better attack",
         "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the "
         "same number of steps (`--eval-attack-steps`); hand in a sentence on why it does.",
-        ["--attack", "none", "--retain-weight", "0", "--train", "cross_attention"],
+        ["--attack", "none", "--retain-weight", "0", "--train", "no_cross_attention",
+         "--lr", "1e-4"],
     ),
     12: (
         7,
