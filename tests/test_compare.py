@@ -356,10 +356,11 @@ def test_the_comparisons_picture_shows_what_the_attack_breaks_in_the_first_row()
 
 
 def test_labels_of_the_tradeoff_do_not_lie_on_each_other():
-    labels = {f"a method {i}": (90 + i % 3, 80 + i % 4) for i in range(12)}
-    places = compare.place_labels(labels, 40, 0.9, 4.5)
+    labels = {f"a method {i}": (90 + i % 3, 97 + i % 4) for i in range(12)}
+    places = compare.place_labels(labels, 40, 103, 0.9, 4.5)
     boxes = [(x, x + 0.9 * len(label), y) for label, (x, y) in places.items()]
-    assert min(left for left, _, _ in boxes) >= 40
+    assert min(left for left, _, _ in boxes) >= 40  # in the picture, and under its title
+    assert max(y for _, _, y in boxes) <= 103
     for i, (left, right, y) in enumerate(boxes):
         for a, b, other in boxes[:i]:
             assert right < a or b < left or abs(other - y) >= 4.5

@@ -185,7 +185,7 @@ def plot_tradeoff(path, figures, attack, concept):
              xlim=(left, 130), ylim=(-6, 106),
              xticks=range(int(left / 20 + 1) * 20, 101, 20))
     width = (130 - left) / 105  # of a letter, in units of x; a line is 4.5 high
-    for name, place in place_labels(points, left, width, 4.5).items():
+    for name, place in place_labels(points, left, 103, width, 4.5).items():
         axis.annotate(name, points[name], place, fontsize=8, va="center", parse_math=False,
                       bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8},
                       arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6})
@@ -193,16 +193,16 @@ def plot_tradeoff(path, figures, attack, concept):
     figure.savefig(path, dpi=150)
 
 
-def place_labels(points, lowest, width, height):
+def place_labels(points, leftmost, topmost, width, height):
     """{label: its point} -> {label: where its left middle stands}.
 
-    Each is near its point, right of `lowest`, and none lies on another.
+    Each is near its point, right of `leftmost`, below `topmost`, and none lies on another.
     """
     placed, taken = {}, [(x, x, y) for x, y in points.values()]  # left, right, middle
 
     def free(left, right, middle):
         apart = (right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
-        return left >= lowest and all(apart)
+        return left >= leftmost and middle <= topmost and all(apart)
 
     for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
         size = width * len(label)
