@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import advunlearn as au
-from sd_mini.lab import classifiers, evaluation, settings
+from sd_mini.lab import classifiers, evaluation, report, settings
 from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import Row, read_concepts
 
@@ -105,11 +105,42 @@ def test_rates_count_what_they_say(made, monkeypatch):
 def test_each_picture_has_its_own_seed_guidance_and_context(made):
     numbers, prompts, _ = made
     numbers.calls.clear()
-    evaluation.draw_rows(numbers, prompts.utility[:3], CONFIG)
-    evaluation.draw_rows(numbers, prompts.utility[:3], CONFIG, torch.tensor([[7.0], [8], [9]]))
+    own, contexts = replace(CONFIG, eval_guidance=None), torch.tensor([[7.0], [8], [9]])
+    evaluation.draw_rows(numbers, prompts.utility[:3], own)
+    evaluation.draw_rows(numbers, prompts.utility[:3], own, contexts)
+    evaluation.draw_rows(numbers, prompts.utility[:3], replace(own, eval_guidance=5.0))
     assert numbers.calls == [
         ([2, 2], [40, 41], 7, [2, 3]), ([3], [42], 7, [4]),
-        ([7, 8], [40, 41], 7, [2, 3]), ([9], [42], 7, [4])]
+        ([7, 8], [40, 41], 7, [2, 3]), ([9], [42], 7, [4]),
+        ([2, 2], [40, 41], 7, [5, 5]), ([3], [42], 7, [5])]
+
+
+def test_ruined_pictures_are_neither_clean_nor_kept(sd, made):
+    """Of an object's picture the style is kept, of a style's the object; a ruined one counts not.
+
+    Each number is a picture: its object and its style, before erasing and after it.
+    """
+    seen = [("church", "photo"), ("boat", "sketch"), ("nothing", "sketch"), ("boat", "nothing"),
+            ("boat", "van gogh"), ("church", "van gogh")]
+
+    class Network:
+        def labels(self, pictures):
+            objects, styles = zip(*(seen[int(i)] for i in pictures.flatten()))
+            return {"object": objects, "style": styles}
+
+    classifier = classifiers.ToyClassifier(sd.device, sd.folder)
+    classifier.network = Network()
+    before, after = [0, 1, 1, 1, 5, 5, 4], [1, 2, 4, 3, 0, 4, 3]
+    erased = ["church"] * 4 + ["van gogh"] * 3
+    clean, kept = classifier.rest(erased, torch.tensor(before), torch.tensor(after))
+    assert clean == [True, True, True, False, True, True, False]
+    assert kept == [False, True, False, False, True, False, False]
+    numbers, prompts = made[0], made[1]._replace(utility=[])
+    numbers.rest = lambda erased, before, now: (
+        [int(x) < 2 for x in now], [bool(x == y - 100) for x, y in zip(now, before)])
+    figures, _ = evaluation.score(prompts, evaluation.draw_all(numbers, prompts, CONFIG))
+    assert [figures[name]["rate"] for name in ("clean", "kept")] == [0.75, 0.5]
+    assert "erased: only 75 %" in report.table({"original": figures, "erased": figures})
 
 
 def test_the_inversion_learns_its_embedding_from_each_prompts_picture(sd, monkeypatch):

@@ -31,6 +31,18 @@ class ToyClassifier:
         labels = self.network.labels(pictures)
         return [set(pair) for pair in zip(labels["object"], labels["style"])]
 
+    def rest(self, erased, original, pictures):
+        """What is drawn in place of the concepts `erased` (N names) -> two lists of N bools.
+
+        clean: is it a picture, not ruined? kept: and has it what the original's picture has
+        besides: the style, where an object is erased, or the object, where a style is?
+        """
+        before, now = self.network.labels(original), self.network.labels(pictures)
+        clean = [style != "nothing" for style in now["style"]]
+        others = ["object" if name in toy.LABELS["style"] else "style" for name in erased]
+        same = [before[other][i] == now[other][i] for i, other in enumerate(others)]
+        return clean, [all(pair) for pair in zip(clean, same)]
+
     @torch.no_grad()
     def features(self, pictures):
         """(N, 3, H, W) -> (N, 128)."""

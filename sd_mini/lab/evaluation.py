@@ -104,7 +104,8 @@ def rows_to_attack(sd_o, concepts, config):
 def draw_rows(sd, rows, config, context=None):
     """The rows' pictures (N, 3, H, W).
 
-    Each comes from its own prompt (or context (N, L, D)), seed and guidance.
+    Each comes from its own prompt (or context (N, L, D)) and seed, and, where --eval-guidance does
+    not set one for all, its own guidance.
     """
     pictures = []
     for i in range(0, len(rows), config.eval_batch):
@@ -115,7 +116,8 @@ def draw_rows(sd, rows, config, context=None):
             c = context[i : i + config.eval_batch]
         pictures.append(sd.sample(context=c, seed=[row.seed for row in batch],
                                   steps=config.eval_steps,
-                                  guidance=[row.guidance for row in batch]))
+                                  guidance=[config.eval_guidance or row.guidance
+                                            for row in batch]))
         if not pictures[-1].isfinite().all():  # a classifier would take it for something
             raise ArithmeticError("a picture drawn is not finite: an attack's learning rate, or "
                                   "--precision, is beyond this model")
@@ -229,6 +231,11 @@ def score(evaluation_set, drawn):
         name = {"rows": "pre_attack_asr", "paraphrases": "paraphrase_asr"}.get(part, part)
         judged = [d["shown"] for d in details[part] if known is None or d["label"] in known]
         figures[name] = rate(judged)
+    if hasattr(evaluation_set.classifier, "rest"):  # the toy's knows ruined pictures
+        erased = [row.label for row in evaluation_set.rows]
+        clean, kept = evaluation_set.classifier.rest(
+            erased, evaluation_set.original["rows"], drawn["rows"])
+        figures |= {"clean": rate(clean), "kept": rate(kept)}
     if evaluation_set.utility:
         if evaluation_set.clip_score:
             prompts = [row.prompt for row in evaluation_set.utility]

@@ -74,6 +74,8 @@ class Settings:
                                    "paraphrases, neighbours and styles", low=1)
     eval_utility: int = evaluation(60, "held-out prompts without the concept, for utility", low=2)
     eval_steps: int = evaluation(50, "DDIM steps of the pictures", low=1, high=500)
+    eval_guidance: float | None = evaluation(None, "guidance of the pictures (default: what their "
+                                             "prompt's file says, else 7.5)", low=1, high=100)
     eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time; also "
                                  "trajectories of a bank", low=1)
     eval_prefix: int = evaluation(3, "k, tokens of the prefix in evaluation", low=1)
@@ -128,8 +130,8 @@ class Settings:
 
 
 # How every run on the toy departs from the defaults: it draws small pictures in a few steps.
-TOY = dict(phrasings=6, retain_set="toy", eval_prompts=24, eval_steps=20, eval_attack_steps=100,
-           eval_looks=4, eval_prefix=5, eval_batch=25)
+TOY = dict(retain_set="toy", eval_prompts=24, eval_steps=12, eval_guidance=4.0,
+           eval_attack_steps=100, eval_looks=4, eval_prefix=5, eval_batch=25)
 
 
 def is_toy(model):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from ..files import write_atomically, write_json
 from ..lab.runs import resumable
+from ..lab.settings import TOY as TOY_SETTINGS
 from ..schedule import Schedule
 from ..text_encoder import TextEncoder
 from ..unet import UNet
@@ -89,7 +90,8 @@ SCHEDULER_CONFIG = {  # Stable Diffusion 1.x's own
 PICTURES, DUSK_PICTURES = 24000, 6000
 VAE_STEPS, CLIP_STEPS, CLASSIFIER_STEPS = 3000, 1500, 3000
 UNET_STEPS, DUSK_STEPS = 5000, 600
-DROPPED, UNCAPTIONED = 0.05, 0.1  # shares of a batch whose prompt is empty
+UNCAPTIONED = 0.15  # share of a UNet's batch that has no caption
+GUIDANCE, STEPS = TOY_SETTINGS["eval_guidance"], TOY_SETTINGS["eval_steps"]  # of what is checked
 
 
 # --- data
@@ -402,9 +404,9 @@ def train_unet_dusk(out, work, device):
 def denoising_loss(unet, out, work, device, look):
     """-> loss_of(generator) for `fit`: the noise-prediction loss on the latents of the data.
 
-    They are encoded once. Each picture of a batch has one of its captions. Two kinds have the empty
-    prompt instead, for guidance: DROPPED lose their caption, UNCAPTIONED never had one. The latter
-    are photos: most pictures are.
+    They are encoded once. Each picture of a batch has one of its captions. Some never had one: they
+    have the empty prompt, for guidance. These are photos: most pictures are. No picture loses its
+    caption: the empty prompt would draw what is to be erased.
     """
     images, _, captions = dataset(work, look)
     others, labels, _ = dataset(work, f"{look} uncaptioned")
@@ -425,15 +427,12 @@ def denoising_loss(unet, out, work, device, look):
                            torch.randint(n, len(latents), (batch,), generator=generator),
                            torch.randint(n, (batch,), generator=generator))
         prompt = ids[rows, torch.randint(4, (batch,), generator=generator)]
-        prompt[u > 1 - DROPPED] = ids[-1, 0]
         t = torch.randint(1000, (batch,), generator=generator)
         noise = torch.randn((batch, *latents.shape[1:]), generator=generator).to(device)
         x_t = schedule.add_noise(latents[rows.to(device)], noise, t)
         with torch.no_grad():
             context = text_encoder(prompt.to(device))
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            eps = unet(x_t, t.to(device), context)
-        return F.mse_loss(eps.float(), noise)
+        return F.mse_loss(unet(x_t, t.to(device), context), noise)
 
     return loss_of
 
@@ -473,25 +472,35 @@ def print_row(kind, name, right, note=""):
 def check_model(model, classifier, rng, device, pictures):
     """The share of generated pictures that show what was asked for, and what is drawn unasked.
 
-    There is a row for each object and style, and one for colour, at guidance 7.5; then a row for
-    each object and style in what the empty prompt draws, at guidance 1.
+    The share is of all objects and styles, and of colours, at each guidance; then of each object
+    and style at the guidance of the toy; then of what the empty prompt draws, at guidance 1.
     """
-    print(f"\n{model}: share of {pictures} pictures a row that show what was asked for, "
-          "guidance 7.5, 25 steps")
     sd = load(model, device)
-    rows = [(kind, name) for kind, names in (("object", world.OBJECTS), ("style", world.STYLES))
-            for name in names]
-    colors = []
-    for kind, name in rows:
-        prompts, asked = zip(*(asked_prompt(kind, name, i, rng) for i in range(pictures)))
-        found = seen_in(sd, classifier, prompts)
-        print_row(kind, name, [f == name for f in found[kind]])
-        if kind == "object":
-            colors += [f == color for f, color in zip(found["color"], asked) if color]
-    print_row("colour", "as asked", colors, f"   ({len(colors)} pictures)")
-    found = seen_in(sd, classifier, [""] * pictures, guidance=1.0)
-    for kind, name in [*rows, ("object", "nothing")]:
-        print_row("empty", name, [f == name for f in found[kind]])
+    print(f"\n{model}: share of pictures that show what was asked for, {STEPS} steps")
+    for guidance in (2, 3, 4, 5, 7.5):
+        right, colors = asked_for(sd, classifier, rng, guidance, pictures // 5)
+        things = [flag for flags in right.values() for flag in flags]
+        print_row(f"guidance {guidance}", "all", things, f"   (colour {np.mean(colors):.1%})")
+    right, colors = asked_for(sd, classifier, rng, GUIDANCE, pictures)
+    for (kind, name), flags in {**right, ("colour", "as asked"): colors}.items():
+        print_row(kind, name, flags, f"   ({len(flags)} pictures)")
+    found = seen_in(sd, classifier, 2 * pictures * [""], guidance=1.0)
+    for kind, name in [*right, ("object", "nothing"), ("style", "nothing")]:
+        flags = [f == name for f in found[kind]]
+        print_row("empty", f"{name} ({kind})", flags, f"   ({len(flags)} pictures)")
+
+
+def asked_for(sd, classifier, rng, guidance, pictures):
+    """Draw pictures of each object and style -> {(kind, name): is it there?}, is the colour?"""
+    right, colors = {}, []
+    for kind, names in (("object", world.OBJECTS), ("style", world.STYLES)):
+        for name in names:
+            prompts, asked = zip(*(asked_prompt(kind, name, i, rng) for i in range(pictures)))
+            found = seen_in(sd, classifier, prompts, guidance)
+            right[kind, name] = [f == name for f in found[kind]]
+            if kind == "object":
+                colors += [f == color for f, color in zip(found["color"], asked) if color]
+    return right, colors
 
 
 def check_classifier(classifier, rng, device):
@@ -512,13 +521,13 @@ def check_classifier(classifier, rng, device):
         print_row("classifier", f"no {kind}", nothing, "   (the same pictures, ruined)")
 
 
-def seen_in(sd, classifier, prompts, guidance=7.5):
+def seen_in(sd, classifier, prompts, guidance):
     """What the classifier sees in the prompts' pictures -> {kind: a label each}."""
     found = {key: [] for key in LABELS}
     for i in range(0, len(prompts), 50):
         batch = prompts[i : i + 50]
         seeds = [10**6 + i + j for j in range(len(batch))]
-        pictures = sd.sample(batch, seeds, 25, guidance)
+        pictures = sd.sample(batch, seeds, STEPS, guidance)
         for key, values in classifier.labels(pictures).items():
             found[key] += values
     return found
