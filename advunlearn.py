@@ -112,7 +112,8 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from sd_mini.lab.ranks import share  # noqa: E402, map, divided among processes
+from tqdm import tqdm  # noqa: E402
+
 from sd_mini.lab.runs import check_memory, placed, read, resumable  # noqa: E402
 
 # ----------------------------------------------------------------------------------- diffusion
@@ -194,7 +195,7 @@ def trajectory_bank(sd_o, prompts, config):
 
     runs = range(each * len(prompts))
     parts = [runs[i : i + config.eval_batch] for i in runs[:: config.eval_batch]]
-    sampled = zip(*share(sample, parts, "sampling the bank"))
+    sampled = zip(*map(sample, tqdm(parts, "sampling the bank", leave=False)))
     bank = placed(map(torch.cat, sampled), "cpu" if config.low_memory else sd_o.device)
 
     def draw(n, generator, times=1):

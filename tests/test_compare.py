@@ -4,6 +4,7 @@ They test the machinery, not the order of the figures.
 """
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -307,13 +308,25 @@ def test_compare_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_two_processes_take_turns_at_the_methods(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "advunlearn.py", *SMALLER, "--methods", "original", "ESD", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.count("\nESD ") == 1 and done.stdout.count("\noriginal ") == 1  # once
-    seeds = json.loads((tmp_path / "results.json").read_text())["seeds"]
-    assert set(seeds) == {"original", "ESD"}
+def test_two_processes_fill_one_table(tmp_path):
+    """The same command twice at once, as if by a launcher, gives the table of one process."""
+    flags = [*SMALLER, "--methods", "original", "ESD", "AdvUnlearn", "--out"]
+    two = [subprocess.Popen(
+        [sys.executable, "advunlearn.py", *flags, tmp_path / "two"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
+        for rank in ("0", "1")]
+    printed = [process.communicate()[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0]
+    assert all("model: toy" in each and "\noriginal " in each for each in printed)  # each speaks
+    assert main(*flags, tmp_path / "one") == 0
+    assert pooled(tmp_path / "two") == pooled(tmp_path / "one")
+
+
+def pooled(folder):
+    """The table's figures, without what the machine makes of them."""
+    rows = json.loads((folder / "results.json").read_text())["pooled"]
+    return {name: {key: value for key, value in row.items()
+                   if key not in ("minutes", "unet_evaluations")} for name, row in rows.items()}
 
 
 def test_rows_of_the_comparison(sd):

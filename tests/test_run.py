@@ -289,21 +289,6 @@ def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
     assert re.match(r"[\d.]+ minutes, ", bench.bench_v1_run()[0])
 
 
-@pytest.mark.long
-def test_two_processes_give_what_one_gives(tmp_path):
-    """The same weights to the byte, since process 0 trains, and the same figures."""
-    flags = ["--concept", "church", *FLAGS, "--eval-batch", "2", "--eval-attacks", "token",
-             "embedding", "inversion", "--out"]
-    run(*flags, tmp_path / "one")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([*torchrun, "advunlearn.py", *flags, str(tmp_path / "two")], cwd=ROOT,
-                   check=True, capture_output=True)
-    one, two = ((tmp_path / name / "text_encoder/model.safetensors").read_bytes()
-                for name in ("one", "two"))
-    assert one == two
-    assert read_figures(tmp_path / "one") == read_figures(tmp_path / "two")
-
-
 def test_low_memory_gives_the_same_losses_and_weights(sd):
     frugal = replace(sd, unet=copy.deepcopy(sd.unet))
     sd_mini.recompute_activations(frugal.unet)

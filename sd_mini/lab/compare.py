@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from ..files import read_json, write_json
-from . import experiment, ranks, report, runs
+from . import experiment, report, runs
 from .evaluation import wilson
 from .prompts import slug
 
@@ -18,8 +19,8 @@ from .prompts import slug
 def compare(method, config):
     """Every row leaves its folder, OUT/ROW/seed-N.
 
-    What is there already, with the same settings and inputs, is not done again. The table takes in
-    all seeds that are there. Under torchrun the processes divide the rows.
+    What is there already, with the same settings and inputs, is not done again, and what another
+    process is at work on is left to it. The table takes in all rows and seeds that are there.
     """
     config = replace(config, eval_attacks=(*method.attacks, *method.inversions))
     shared = experiment.open_experiment(method, config)
@@ -29,8 +30,11 @@ def compare(method, config):
             for name, changed in changes.items()}
     records = {name: experiment.record(shared, row) for name, row in rows.items()}
     folders = {name: out / slug(name) / f"seed-{config.seed}" for name in rows}
-    todo = [name for name in wanted_rows(list(rows), config.methods) if not runs.is_finished(
-        folders[name], records[name], resume=True, overwrite=config.overwrite)]
+
+    def finished(name):
+        return runs.is_finished(folders[name], records[name], True, config.overwrite)
+
+    todo = [name for name in wanted_rows([*rows], config.methods) if not finished(name)]
     if todo:
         shared = experiment.with_pictures(shared, config)
 
@@ -38,17 +42,22 @@ def compare(method, config):
         gc.collect()  # the model of the row before, and the GPU memory of its graphs
         own, folder = shared._replace(started=time.time()), folders[name]
         own.work.evaluations = 0
-        with runs.locked(folder):
-            runs.open_folder(folder, records[name], config.overwrite)
-            model = own.sd_o if changes[name] is None else None
-            _, figures, pictures = experiment.run(method, own, rows[name], folder, "erased", model)
-            experiment.write_results(folder, own, rows[name], {name: figures})
-            report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
-            runs.close_folder(folder)
-        return ()
+        model = own.sd_o if changes[name] is None else None
+        runs.open_folder(folder, records[name], config.overwrite)
+        _, figures, pictures = experiment.run(method, own, rows[name], folder, "erased", model)
+        experiment.write_results(folder, own, rows[name], {name: figures})
+        report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
+        runs.close_folder(folder)
 
-    ranks.share(run, todo, "comparing")
-    ranks.on_first(write_comparison, out, records, shared.evaluation_set, config)
+    for name in tqdm(todo, "comparing", leave=False):
+        try:
+            with runs.locked(folders[name]):
+                if not finished(name):  # another process may have done it since
+                    run(name)
+        except runs.InUse:
+            print(f"{name}: left to the process that is at work on it")
+    with runs.locked(out, wait=True):  # so that the last table written has all rows
+        write_comparison(out, records, shared.evaluation_set, config)
 
 
 def wanted_rows(names, chosen):

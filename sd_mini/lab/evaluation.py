@@ -8,7 +8,7 @@ from zlib import crc32
 
 import torch
 
-from . import classifiers, ranks
+from . import classifiers
 from .prompts import PROMPTS, Row, evaluation_rows, folded, one_of, read_rows, that_fit
 from .runs import cached
 from .settings import is_toy
@@ -125,11 +125,8 @@ def draw_rows(sd, rows, config, context=None):
 def draw_all(sd, evaluation_set, config):
     """A model's pictures without attack -> {part: (N, 3, H, W)}."""
     rows = [row for part in PARTS for row in getattr(evaluation_set, part)]
-    batches = [rows[i : i + config.eval_batch] for i in range(0, len(rows), config.eval_batch)]
-    drawn = ranks.share(lambda batch: (draw_rows(sd, batch, config),), batches)  # a tuple each
-    pictures = torch.cat([picture for picture, in drawn]).to(sd.device)
     sizes = [len(getattr(evaluation_set, part)) for part in PARTS]
-    return dict(zip(PARTS, pictures.split(sizes)))
+    return dict(zip(PARTS, draw_rows(sd, rows, config).split(sizes)))
 
 
 def shown(classifier, pictures, rows):

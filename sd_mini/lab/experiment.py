@@ -19,7 +19,7 @@ from ..files import write_json
 from ..graphs import Graphs
 from ..unet import UNet
 from ..weights import PARTS
-from . import ranks, report
+from . import report
 from .evaluation import PARTS as EVALUATED
 from .evaluation import EvaluationSet, draw_all, evaluate, load_evaluation_set
 from .prompts import Concept, read_concepts, training_prompts
@@ -185,8 +185,8 @@ def run(method, experiment, config, out, name, sd=None):
     if sd is None:
         sd, history = train(method, experiment, config, folder)
         for part in trained_parts(sd, sd_o):
-            ranks.on_first(sd_mini.save_part, getattr(sd, part), out / part, part)
-        ranks.on_first(report.decorate, report.plot_losses, out / "losses.png", history)
+            sd_mini.save_part(getattr(sd, part), out / part, part)
+        report.decorate(report.plot_losses, out / "losses.png", history)
     figures, pictures, evaluation_set = {}, {}, experiment.evaluation_set
     cost = {"minutes": (time.time() - began) / 60,
             "unet_evaluations": round(experiment.work.evaluations - before)}
@@ -200,18 +200,14 @@ def run(method, experiment, config, out, name, sd=None):
 
 
 def write_results(out, experiment, config, results):
-    """results.json: the figures, and all that it takes to get them again.
-
-    UNet evaluations are those of this process.
-    """
+    """results.json: the figures, and all that it takes to get them again."""
     evaluation_set, judge, clip = experiment.evaluation_set, None, None
     if evaluation_set:
         judge = {"name": evaluation_set.classifier.name, "rule": evaluation_set.classifier.rule}
         clip = evaluation_set.clip_score and evaluation_set.clip_score.name
     write_json(out / "results.json", {
         "complete": True, **record(experiment, config), "results": results,
-        "unet_evaluations": round(experiment.work.evaluations), "processes": ranks.COUNT,
-        "judge": judge, "clip_score_by": clip, "commit": report.commit(),
+        "unet_evaluations": round(experiment.work.evaluations), "judge": judge, "clip_score_by": clip, "commit": report.commit(),
         "seconds": round(time.time() - experiment.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": version("transformers")},

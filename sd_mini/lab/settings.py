@@ -251,21 +251,21 @@ def main(method, argv=None):
     was stopped.
     """
     given = parse(method.config, argv)
-    from . import ranks, tasks  # here, since they load torch
+    from . import tasks  # here, since it loads torch
 
-    ranks.leave(tasks.run_task(method, given))
+    sys.exit(tasks.run_task(method, given))
 
 
 # --- from flags to settings
 
 def resolve(method, given):
-    """Flags -> the method's config, whole. Joins the other processes of a torchrun.
+    """Flags -> the method's config, whole.
 
     A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
     """
     import torch
 
-    from . import prompts, ranks
+    from . import prompts
 
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
@@ -276,7 +276,6 @@ def resolve(method, given):
     if precision == "bf16" and device != "cpu" and not bf16:
         raise ValueError("--precision bf16: this GPU does not have it; --precision fp16 works on "
                          "any")
-    ranks.join(device)
     why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
     why = "as asked" if given.get("model") else why
     print(f"model: {model}, {why}; on {device} in {precision}")
@@ -298,17 +297,12 @@ def resolve(method, given):
 
 def check_device(device, cuda):
     """The device, or ValueError. `cuda` is torch.cuda."""
-    from . import ranks
-
     there = cuda.is_available()
     if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
         raise ValueError(f"--device {device}: choose from cpu, cuda, cuda:N")
     if device != "cpu" and not there:
         raise ValueError(f"--device {device}: there is no CUDA device; --device cpu works anywhere")
     if device[5:]:
-        if ranks.COUNT > 1:
-            raise ValueError(f"--device {device}: with torchrun each process takes its own; "
-                             "--device cuda")
         if int(device[5:]) >= cuda.device_count():
             raise ValueError(f"--device {device}: there are {cuda.device_count()}, from cuda:0 on")
         cuda.set_device(device)

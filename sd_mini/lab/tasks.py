@@ -10,7 +10,7 @@ import torch
 
 import sd_mini
 
-from . import ranks, report, runs
+from . import report, runs
 from .compare import compare
 from .evaluation import draw_rows
 from .experiment import (load_model, open_experiment, record, run, trained_parts, with_pictures,
@@ -37,7 +37,7 @@ def erase_or_score(method, config):
         if runs.is_finished(out, own, **begun):
             print(f"{out}: is finished; --overwrite starts anew")
             return
-        ranks.on_first(runs.open_folder, out, own, config.overwrite)
+        runs.open_folder(out, own, config.overwrite)
         erase_and_score(out, method, with_pictures(experiment, config), config)
 
 
@@ -52,7 +52,7 @@ def erase_and_score(out, method, experiment, config):
         sd, results[name], pictures[name] = run(method, experiment, config, out, name, model)
     if experiment.evaluation_set:
         print(report.table(results))
-    ranks.on_first(write_outputs, out, experiment, config, sd, results, pictures)
+    write_outputs(out, experiment, config, sd, results, pictures)
 
 
 def write_outputs(out, experiment, config, sd, results, pictures):
@@ -94,7 +94,7 @@ def sample(method, config):
     rows = [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts]
     pictures = draw_rows(sd, rows, config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ranks.on_first(report.plot_grid, path, config.prompts, {"": pictures})
+    report.plot_grid(path, config.prompts, {"": pictures})
     print(path)
 
 
