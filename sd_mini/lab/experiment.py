@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import platform
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -106,7 +104,7 @@ def open_experiment(method, config):
         evaluation_set = load_evaluation_set(sd_o, concepts, config)
     method.check(sd_o, erase, retain, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
-    inputs = fingerprints(method, sd_o, evaluation_set, scored)
+    inputs = fingerprints(sd_o, evaluation_set, scored)
     return Experiment(sd_o, concepts, evaluation_set, inputs, work, started, scored)
 
 
@@ -118,11 +116,10 @@ def with_pictures(experiment, config):
     return experiment._replace(evaluation_set=experiment.evaluation_set._replace(original=drawn))
 
 
-def fingerprints(method, sd_o, evaluation_set, scored):
-    """{what was read: a hash}: what figures depend on besides the settings."""
+def fingerprints(sd_o, evaluation_set, scored):
+    """{what was read: a hash}: what figures depend on besides settings and code."""
     parts = [sd_mini.fingerprint(getattr(sd_o, part)) for part in PARTS]
-    hashes = {"code": code_hash(method),
-              "model": hash_of([*parts, sd_o.schedule.config, sd_o.tokenizer.get_vocab()])}
+    hashes = {"model": hash_of([*parts, sd_o.schedule.config, sd_o.tokenizer.get_vocab()])}
     if scored:
         hashes["text encoder"] = sd_mini.fingerprint(scored.text_encoder)
     if evaluation_set:
@@ -138,13 +135,6 @@ def fingerprints(method, sd_o, evaluation_set, scored):
 def hash_of(value):
     """Of a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def code_hash(method):
-    """Of this library's source and of the file that has the method: none in a notebook."""
-    own = Path(getattr(inspect.getmodule(method.train), "__file__", None) or "")
-    files = {*Path(sd_mini.__file__).parent.rglob("*.py"), *([own] if own.is_file() else [])}
-    return hash_of([path.read_text(encoding="utf-8") for path in sorted(files)])
 
 
 def record(experiment, config):

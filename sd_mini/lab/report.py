@@ -120,8 +120,8 @@ def escaped(text):
 
 
 def commit():
-    """Of this code, where git knows it."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """Of this code, where git knows it; "-dirty" says that it was edited since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:  # no git
