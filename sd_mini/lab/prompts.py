@@ -240,35 +240,20 @@ def training_prompts(concepts, config, sd=None):
 
 # --- names in prompts
 
-# A letter or digit of the scripts that have capitals, which put blanks between their words.
-LETTER = r"[^\W\u0590-\u1dff\u2e80-\U0010ffff]"
-EDGE = f"(?:(?<!{LETTER})|(?!{LETTER}))"  # not between two of them
-PLURALS = {"y": "ies", "f": "ves", "ife": "ives", "man": "men", "child": "children",
-           "person": "people", "mouse": "mice", "goose": "geese", "foot": "feet", "tooth": "teeth"}
-
-
 def folded(text):
     """A text such that what differs in capitals, in blanks or in how accents are coded is equal."""
-    composed = unicodedata.normalize("NFC", " ".join(text.split()))
-    return unicodedata.normalize("NFC", composed.casefold())
-
-
-def with_plurals(word):
-    """The word, folded, and what its plural may be: "wolf" -> wolf, wolfs, wolfes, wolves."""
-    word = folded(word)
-    irregular = [word.removesuffix(end) + plural for end, plural in PLURALS.items()
-                 if word.endswith(end)]
-    return [word, word + "s", word + "es", *irregular]
+    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
 
 def one_of(words):
-    """A pattern that finds any of the words, or its plural, as a whole word in a folded text.
+    """A pattern that finds any of the words in a folded text, as a whole word, with s or es too.
 
-    "church" is in "two churches", not in "churchill". Within a word is between two LETTERs, so
-    that C++ and 教堂 are found too, which \\b cannot bound.
+    "church" is in "two churches", not in "churchill". A word without letters that have capitals is
+    found anywhere, since such scripts may have no blanks: 教堂. Other forms are synonyms.
     """
-    every = [re.escape(form) for word in words for form in with_plurals(word)]
-    return re.compile(f"{EDGE}(?:{'|'.join(every)}){EDGE}")
+    return re.compile("|".join(
+        re.escape(word) if word == word.upper() else rf"(?<!\w){re.escape(word)}(?:e?s)?(?!\w)"
+        for word in map(folded, words)))
 
 
 def without_concept(prompts, words):
