@@ -61,7 +61,7 @@ class Config(Settings):
     """
 
     train: str = setting("text_encoder", "what is trained; the paper prefers the first", TRAINED)
-    layers: int = setting(1, "the first layers; 0: all, and the final norm (nudity)", low=0)
+    layers: int = setting(1, "the first layers; 0: all, and the final norm", low=0)
     train_embeddings: bool = setting(False, "train the embeddings too; the paper never does")
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
@@ -77,7 +77,7 @@ class Config(Settings):
     attack_radius: float | None = attack_setting(None, "largest move of a coordinate", low=1e-10)
     prefix: int = attack_setting(1, "k, tokens of the prefix in training", low=1)
 
-    retain_weight: float = retain_setting(0.5, "gamma (0.3 for nudity)", low=0)
+    retain_weight: float = retain_setting(0.5, "gamma", low=0)
     retain_batch: int = retain_setting(5, "retain prompts of an iteration", low=1)
 
     trajectories: int = setting(32, "sampling runs in each bank, at least one a prompt", low=1)
@@ -106,6 +106,8 @@ class Config(Settings):
 TOY = dict(layers=0, train_embeddings=True, steps=600, warmup=30, lr=4e-4, eta=3.0, erase_batch=8,
            plain_share=0.1, retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04,
            prefix=7, trajectories=48, trajectory_steps=20, esd=(1e-4, 2e-4))
+
+CONCEPTS = {"nudity": dict(layers=0, retain_weight=0.3)}  # the paper's; not on the toy
 
 if __name__ == "__main__":
     answer_help(Config)  # now, since importing torch takes seconds
@@ -592,8 +594,8 @@ def comparison_rows(sd_o, concepts, config):
 
 
 METHOD = Method(
-    config=Config, train=advunlearn, toy=TOY, check=check_prompts, rows=comparison_rows,
-    inversions={"inversion": inversion_attack},
+    config=Config, train=advunlearn, toy=TOY, concepts=CONCEPTS, check=check_prompts,
+    rows=comparison_rows, inversions={"inversion": inversion_attack},
     attacks={kind: partial(prefix_attack, kind=kind)
              for kind in ("token", "random", "longer", "embedding")})
 

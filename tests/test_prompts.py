@@ -12,10 +12,8 @@ import advunlearn as au
 from sd_mini.lab import evaluation, experiment, prompts
 from sd_mini.lab.prompts import (evaluation_rows, folded, one_of, read_concepts, read_rows,
                                  training_prompts, without_concept)
-from sd_mini.lab.settings import resolve
 
 from .test_faults import cli
-from .test_own_method import METHOD as OWN
 from .test_run import FLAGS, SMALL
 
 LONG = "a church " * 12  # over the toy's 24 tokens
@@ -211,7 +209,7 @@ def test_prompts_to_erase_are_still_refused(sd, monkeypatch):
 
 # --- concepts.csv, which users edit
 
-HEADER = "concept,kind,synonyms,retain_weight,layers,judge\n"
+HEADER = "concept,kind,synonyms,judge\n"
 
 
 @pytest.fixture
@@ -226,19 +224,11 @@ def concepts(write, monkeypatch):
 
 
 @pytest.mark.parametrize("text, message", [
-    (HEADER + "dome,thing,,0.5,1,\n", "line 2: kind 'thing': choose from object, style"),
-    (HEADER + "dome,object\n", "line 2: 2 fields, but the header has 6"),
-    (HEADER + "dome,object,a, b,0.5,1,\n", "line 2: 7 fields, but the header has 6; a text with a"),
-    (HEADER + '"dome",object,"a\nb",many,1,\n', "line 3: retain_weight 'many': must be a finite"),
-    (HEADER + "dome,object,,0.5,1.5,\n", "line 2: layers '1.5': must be a whole number"),
-    (HEADER + "dome,object,,-1,1,\n", "line 2: retain_weight -1.0: must be a number, at least 0"),
-    (HEADER.replace("layers", "laters") + "dome,object,,0.5,1,\n",
-     "line 1: 'laters' is no setting that takes a number; did you mean layers?"),
-    (HEADER.replace("layers", "device") + "dome,object,,0.5,1,\n",
-     "line 1: 'device' is no setting that takes a number"),
-    (HEADER.replace("layers", "eval_steps") + "dome,object,,0.5,501,\n",
-     "line 2: eval_steps 501: must be between 1 and 500"),
-    (HEADER + "dome,object,,0.5,1,\nDome,style,,0.5,1,\n", "line 3: concept 'dome' has a line")])
+    (HEADER + "dome,thing,,\n", "line 2: kind 'thing': choose from object, style"),
+    (HEADER + "dome,object\n", "line 2: 2 fields, but the header has 4"),
+    (HEADER + "dome,object,a, b,\n", "line 2: 5 fields, but the header has 4; a text with a"),
+    ("concept,layers\ndome,1\n", "line 2: column 'layers': settings are flags"),
+    (HEADER + "dome,object,,\nDome,style,,\n", "line 3: concept 'dome' has a line")])
 def test_a_mistake_in_the_list_of_concepts_is_one_line(concepts, text, message):
     path = concepts(text)
     status, line, _ = cli(*FLAGS, "--concept", "dome", "--out", str(path.parent / "new"))
@@ -246,17 +236,11 @@ def test_a_mistake_in_the_list_of_concepts_is_one_line(concepts, text, message):
 
 
 def test_the_list_of_concepts_is_read_as_prompts_are(concepts):
-    concepts("\ufeffConcept, Kind, Synonyms, Steps\n" "Blue Dome, Style, cupola | rotunda, 700.0\n"
-             "spire,,,\n" "never asked for,thing,,many\n")
+    concepts("\ufeffConcept, Kind, Synonyms\n" "Blue Dome, Style, cupola | rotunda\n"
+             "spire,,\n" "never asked for,thing,\n")
     dome, spire, other = read_concepts("blue  dome, SPIRE,tower,tower,Tower , spire")
     assert dome[:3] == ("blue dome", "style", ("cupola", "rotunda"))
     assert spire[:3] == ("spire", "object", ()) and other.name == "tower"
-    assert resolve(au.METHOD, {"model": "some/model", "concept": "blue dome"}).steps == 700
-    assert resolve(au.METHOD, {"model": "some/model", "concept": "spire"}).steps == 1000
-
-
-def test_another_method_need_not_know_the_settings_of_the_list():
-    assert resolve(OWN, {"model": "some/model", "concept": "nudity"}).lr == 1e-3
 
 
 def test_a_concept_counts_once(sd):

@@ -197,7 +197,8 @@ def write_results(out, experiment, config, results):
         clip = evaluation_set.clip_score and evaluation_set.clip_score.name
     write_json(out / "results.json", {
         "complete": True, **record(experiment, config), "results": results,
-        "unet_evaluations": round(experiment.work.evaluations), "judge": judge, "clip_score_by": clip, "commit": report.commit(),
+        "unet_evaluations": round(experiment.work.evaluations), "judge": judge,
+        "clip_score_by": clip, "commit": report.commit(),
         "seconds": round(time.time() - experiment.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": version("transformers")},

@@ -1,18 +1,14 @@
 """Concepts and prompts: their files, the phrasings that are erased, the retain filter."""
 from __future__ import annotations
 
-import difflib
-import math
 import re
 import unicodedata
-from dataclasses import fields
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
 # By their whole names: the grader opens this file outside its package.
 from sd_mini.lab.records import COLUMNS, read_csv, read_number
-from sd_mini.lab.settings import check_value
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 
@@ -49,8 +45,6 @@ class Concept(NamedTuple):
     kind: str = "object"  # or style
     synonyms: tuple[str, ...] = ()
     judge: str = "microsoft/resnet-50"
-    settings: dict = {}  # what else its row says, as text
-    where: str = ""  # file and line of its row
 
     @property
     def words(self):
@@ -104,7 +98,6 @@ def note_oddities(path, records, rows):
 # --- concepts
 
 CONCEPTS = PROMPTS / "concepts.csv"
-SHIPPED = {"retain_weight", "layers"}  # settings in it that not every method has
 
 
 def read_concepts(names):
@@ -123,53 +116,15 @@ def read_concepts(names):
 
 
 def concept_of(record):
-    """A row of prompts/concepts.csv; its further columns are settings, a blank one the default."""
+    """A row of prompts/concepts.csv."""
+    if unknown := record.cells.keys() - {"concept", "kind", "synonyms", "judge"}:
+        raise ValueError(f"{record.where}: column {min(unknown)!r}: settings are flags")
     kind, judge = record.text("kind").lower() or "object", record.text("judge")
     if kind not in PHRASINGS:
         raise ValueError(f"{record.where}: kind {kind!r}: choose from {', '.join(PHRASINGS)}")
     synonyms = filter(None, map(str.strip, record.text("synonyms").split("|")))
-    settings = {column: text.strip() for column, text in record.cells.items() if text.strip()
-                and column not in ("concept", "kind", "synonyms", "judge")}
     return Concept(record.text("concept").lower(), kind, tuple(synonyms),
-                   judge or Concept("").judge, settings, record.where)
-
-
-def concept_settings(names, Config):
-    """What prompts/concepts.csv sets for these concepts: of several values the largest.
-
-    0 is the largest of all: as `layers` it means every layer.
-    """
-    concepts, numbers = read_concepts(names), numbers_of(Config)
-    keys = {key for concept in concepts for key in concept.settings}
-    if unknown := keys - numbers.keys() - SHIPPED:
-        near = difflib.get_close_matches(min(unknown), numbers, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{CONCEPTS}, line 1: {min(unknown)!r} is no setting that takes a number"
-                         f"{meant}")
-    values = {key: [value_of(concept, key, *numbers[key]) for concept in concepts]
-              for key in keys & numbers.keys()}
-    return {key: max(listed, key=lambda value: value or math.inf) for key, listed in values.items()}
-
-
-def numbers_of(Config):
-    """{name: (its dataclass field, int or float)} of the flags that take a number."""
-    hints = get_type_hints(Config)
-    taken = {f: {hints[f.name], *get_args(hints[f.name])} for f in fields(Config) if f.metadata}
-    return {f.name: (f, float if float in kinds else int) for f, kinds in taken.items()
-            if kinds & {int, float}}
-
-
-def value_of(concept, key, field, kind):
-    """A setting of the concept: its row's, in the range of the flag, or else the default."""
-    if key not in concept.settings:
-        return field.default
-    value = read_number(concept.where, key, concept.settings[key], kind)
-    check_value(f"{concept.where}: {key}", value, field.metadata, refuse)
-    return value
-
-
-def refuse(message):
-    raise ValueError(message)
+                   judge or Concept("").judge)
 
 
 # --- prompts of a run

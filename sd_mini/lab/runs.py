@@ -244,7 +244,7 @@ class InUse(ValueError):
 
 @contextmanager
 def locked(out, wait=False):
-    """Nobody else runs in the folder meanwhile: else InUse, or wait. A killed run leaves no lock."""
+    """Nobody else runs in the folder meanwhile: InUse, or wait. A killed run leaves no lock."""
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
     try:

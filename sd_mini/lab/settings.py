@@ -151,6 +151,7 @@ class Method(NamedTuple):
     rows        (sd_o, concepts, config) -> {name: what the row changes in the config, or None for
                 the original model}: the rows of --task compare
     toy         what the method changes in its config on the toy
+    concepts    {name: what it changes for this concept}; the toy's settings come first
     check       (sd_o, erase prompts, retain prompts, config): raises ValueError, before any work,
                 for what would fail later
     """
@@ -161,6 +162,7 @@ class Method(NamedTuple):
     inversions: dict = {}
     rows: Callable = lambda *arguments: {"original": None, "own": {}}
     toy: dict = {}
+    concepts: dict = {}
     check: Callable = lambda *arguments: None
 
 
@@ -283,9 +285,11 @@ def resolve(method, given):
     given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given |= {"model": model, "device": device, "precision": precision}
     defaults = {f.name: f.default for f in fields(method.config)}
-    concept = prompts.concept_settings(given.get("concept", defaults["concept"]), method.config)
+    own = {}
+    for concept in prompts.read_concepts(given.get("concept", defaults["concept"])):
+        own |= method.concepts.get(concept.name, {})
     toy = {**TOY, **method.toy} if is_toy(model) else {}
-    config = method.config(**{**concept, **toy, **given})
+    config = method.config(**{**own, **toy, **given})
     attacks = (*method.attacks, *method.inversions)
     if unknown := set(config.eval_attacks) - set(attacks):
         raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(attacks)}")
