@@ -282,7 +282,8 @@ def test_concepts_of_different_judges_need_one_for_all(sd, names, monkeypatch):
     ("café", unicodedata.normalize("NFD", "two cafés")), (unicodedata.normalize("NFD", "crème"),
                                                         "CRÈME"),
     ("Straße", "EINE STRASSE"), ("strasse", "eine Straße"), ("ΣΊΣΥΦΟΣ", "ο σίσυφος"),
-    ("garbage truck", "Garbage\n trucks"), ("church", "«church»"), ("van gogh", "van Gogh’s chair"), ("церковь", "старая Церковь")])
+    ("garbage truck", "Garbage\n trucks"), ("church", "«church»"),
+    ("van gogh", "van Gogh’s chair"), ("церковь", "старая Церковь")])
 def test_a_concept_is_found_as_it_is_written(word, prompt):
     assert without_concept([prompt, "a boat"], (word,)) == (["a boat"], [prompt])
 

@@ -41,7 +41,6 @@ def compare(method, config):
     def run(name):
         gc.collect()  # the model of the row before, and the GPU memory of its graphs
         own, folder = shared._replace(started=time.time()), folders[name]
-        own.work.evaluations = 0
         model = own.sd_o if changes[name] is None else None
         runs.open_folder(folder, records[name], config.overwrite)
         _, figures, pictures = experiment.run(method, own, rows[name], folder, "erased", model)
@@ -122,7 +121,7 @@ def write_comparison(out, records, evaluation_set, config):
     if config.eval_attacks:
         report.decorate(plot_tradeoff, out / "tradeoff.png", figures, config.eval_attacks[0],
                         config.concept)
-    print(report.text_table(figures, title))
+    print(f"{title}\n{report.rates_table(figures)}")
 
 
 # --- its pictures
@@ -174,51 +173,23 @@ def plot_comparison(path, found, evaluation_set, config):
 
 
 def plot_tradeoff(path, figures, attack, concept):
-    """tradeoff.png: robustness against utility, a named point a row with its 95 % intervals.
+    """tradeoff.png: robustness against utility, a point a row with its 95 % intervals.
 
     Up and right is better.
     """
-    points = {}
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    for name, row in figures.items():
+    for i, (name, row) in enumerate(figures.items()):
         utility, asr = row.get("utility"), row[f"{attack}_asr"]
         if utility:  # a classifier may know the concept alone
-            x, y = points[name] = 100 * utility["rate"], 100 * (1 - asr["rate"])
+            x, y = 100 * utility["rate"], 100 * (1 - asr["rate"])
             axis.errorbar(x, y, [[y - 100 * (1 - asr["high"])], [100 * (1 - asr["low"]) - y]],
                           [[x - 100 * utility["low"]], [100 * utility["high"] - x]],
-                          fmt="o", color="C0", ecolor="0.8", elinewidth=1)
-    left = min([40, *(x - 5 for x, _ in points.values())])
+                          fmt="os^"[i // 10 % 3], label=name, elinewidth=0.5)
     axis.set_title(f"erasing {concept}", parse_math=False)
     axis.set(xlabel="utility, %", ylabel=f"robustness: 100 - ASR under the {attack} attack, %",
-             xlim=(left, 130), ylim=(-6, 106),
-             xticks=range(int(left / 20 + 1) * 20, 101, 20))
-    width = (130 - left) / 105  # of a letter, in units of x; a line is 4.5 high
-    for name, place in place_labels(points, left, 103, width, 4.5).items():
-        axis.annotate(name, points[name], place, fontsize=8, va="center", parse_math=False,
-                      bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8},
-                      arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6})
+             xlim=(-4, 104), ylim=(-4, 104))
     axis.grid(alpha=0.3)
+    for name in figure.legend(loc="outside right upper", fontsize=8).get_texts():
+        name.set_parse_math(False)
     figure.savefig(path, dpi=150)
-
-
-def place_labels(points, leftmost, topmost, width, height):
-    """{label: its point} -> {label: where its left middle stands}.
-
-    Each is near its point, right of `leftmost`, below `topmost`, and none lies on another.
-    """
-    placed, taken = {}, [(x, x, y) for x, y in points.values()]  # left, right, middle
-
-    def free(left, right, middle):
-        apart = (right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
-        return left >= leftmost and middle <= topmost and all(apart)
-
-    for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        size = width * len(label)
-        steps = sorted(range(-40, 41), key=abs)
-        places = [(x + side, y + height * step / 2) for step in steps
-                  for side in (2 * width, 6 * width, -2 * width - size)]
-        left, middle = next((p for p in places if free(p[0], p[0] + size, p[1])), places[0])
-        placed[label] = left, middle
-        taken.append((left, left + size, middle))
-    return placed

@@ -15,34 +15,11 @@ import sd_mini
 
 from ..files import write_json
 from ..graphs import Graphs
-from ..unet import UNet
 from ..weights import PARTS
 from . import report
 from .evaluation import PARTS as EVALUATED
 from .evaluation import EvaluationSet, draw_all, evaluate, load_evaluation_set
 from .prompts import Concept, read_concepts, training_prompts
-
-
-# A backward in forwards, through frozen weights: counted on the UNet of v1.4, 0.88 TFLOP and 0.82.
-BACKWARD = 1.07
-
-
-class Work:
-    """UNet evaluations of a model in forward equivalents.
-
-    A picture counts 1, and BACKWARD more where a backward follows. (That of weights in training,
-    which is about twice as much, counts no more.)
-    """
-
-    def __init__(self, sd):
-        self.evaluations, self.run = 0, sd.run
-        sd.run = self
-
-    def __call__(self, network, *inputs):
-        out = self.run(network, *inputs)
-        if isinstance(network, UNet):
-            self.evaluations += len(out) * (1 + BACKWARD * out.requires_grad)
-        return out
 
 
 class Experiment(NamedTuple):
@@ -52,7 +29,6 @@ class Experiment(NamedTuple):
     concepts: list[Concept]
     evaluation_set: EvaluationSet | None  # None: erase and do not evaluate
     inputs: dict  # fingerprints of what was read: {name: hash}
-    work: Work
     started: float
     scored: object = None  # the model that --task evaluate scores
 
@@ -98,14 +74,13 @@ def open_experiment(method, config):
     started, concepts = time.time(), read_concepts(config.concept)
     training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
     sd_o, evaluation_set = load_model(config), None
-    work = Work(sd_o)
     erase, retain, _ = training_prompts(concepts, config, sd_o)
     if config.judge != "none":
         evaluation_set = load_evaluation_set(sd_o, concepts, config)
     method.check(sd_o, erase, retain, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
     inputs = fingerprints(sd_o, evaluation_set, scored)
-    return Experiment(sd_o, concepts, evaluation_set, inputs, work, started, scored)
+    return Experiment(sd_o, concepts, evaluation_set, inputs, started, scored)
 
 
 def with_pictures(experiment, config):
@@ -169,7 +144,7 @@ def run(method, experiment, config, out, name, sd=None):
 
     -> (model, figures, pictures). What a stopped run needs is kept in OUT/partial/NAME.
     """
-    began, before, history = time.time(), experiment.work.evaluations, None
+    began, history = time.time(), None
     folder, sd_o = out / "partial" / name, experiment.sd_o
     resumed = any(folder.glob("checkpoint-*"))
     if sd is None:
@@ -178,14 +153,13 @@ def run(method, experiment, config, out, name, sd=None):
             sd_mini.save_part(getattr(sd, part), out / part, part)
         report.decorate(report.plot_losses, out / "losses.png", history)
     figures, pictures, evaluation_set = {}, {}, experiment.evaluation_set
-    cost = {"minutes": (time.time() - began) / 60,
-            "unet_evaluations": round(experiment.work.evaluations - before)}
+    minutes = (time.time() - began) / 60
     if evaluation_set:
         drawn = evaluation_set.original if sd is sd_o else draw_all(sd, evaluation_set, config)
         figures, attacked = evaluate(sd, method, evaluation_set, drawn, config, folder)
         pictures = {**drawn, **attacked}
-    if history and not resumed:  # nobody counted the beginning of a run that goes on
-        figures |= cost
+    if history and not resumed:  # nobody measured the beginning of a run that goes on
+        figures["minutes"] = minutes
     return sd, figures, pictures
 
 
@@ -197,8 +171,7 @@ def write_results(out, experiment, config, results):
         clip = evaluation_set.clip_score and evaluation_set.clip_score.name
     write_json(out / "results.json", {
         "complete": True, **record(experiment, config), "results": results,
-        "unet_evaluations": round(experiment.work.evaluations), "judge": judge,
-        "clip_score_by": clip, "commit": report.commit(),
+        "judge": judge, "clip_score_by": clip, "commit": report.commit(),
         "seconds": round(time.time() - experiment.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": version("transformers")},

@@ -12,7 +12,6 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
 
-from ..weights import TOY_UNETS
 from .settings import Settings
 
 COLUMNS = {  # figure -> its name, the same short, what it counts
@@ -40,10 +39,7 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
     "frechet": ("Frechet distance", "FD", "between the classifier's features of the original's and "
                 "this model's utility pictures; it falls with their number, no FID"),
     "minutes": ("training minutes", "min", "wall clock"),
-    "unet_evaluations": ("UNet evaluations", "UNet", "of training, in forward equivalents (a "
-                         "backward through frozen weights is 1.07), thousands"),
 }
-COSTS = ("minutes", "unet_evaluations")
 
 
 def columns(results):
@@ -57,61 +53,53 @@ def columns(results):
 
 # --- tables
 
-def percent(cell):
-    return f"{100 * cell['rate']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+def text(figure, interval=True):
+    """A number, a rate in % with its interval or without, or nothing where there is no figure."""
+    if not isinstance(figure, dict):
+        return "" if figure is None else f"{figure:.2f}"
+    rate, low, high = (f"{100 * figure[key]:.0f}" for key in ("rate", "low", "high"))
+    return f"{rate} [{low}, {high}]" if interval else rate
 
 
-def number(key, value):
-    if key == "unet_evaluations":
-        return f"{value / 1000:.1f}"
-    return f"{value:.{2 if key in ('clip_score', 'frechet') else 1}f}"
+def aligned(rows, *widths):
+    """Rows of texts -> lines, each row's first text to the left and the others to the right."""
+    return "\n".join("".join(
+        f"{cell:>{width}}" if i else f"{cell:<{width}}"
+        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
 def table(results):
     """{"original": {figure: number or {rate, low, high, n}}, "erased": ...} -> 80 columns."""
-    head = f"{'% [95 % interval]':<24}" + "".join(f"{name:>20}" for name in results)
-    lines = [f"{head}{'n':>6}"]
+    rows = [["% [95 % interval]", *results, "n"]]
     for key, (title, _, _) in columns(results.values()).items():
-        if key in COSTS:
-            continue
-        cells = [result.get(key) for result in results.values()]
-        texts = [percent(c) if isinstance(c, dict) else number(key, c) for c in cells]
-        n = cells[0]["n"] if isinstance(cells[0], dict) else ""
-        line = f"{title:<24}" + "".join(f"{text:>20}" for text in texts) + f"{n:>6}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        found = [result.get(key) for result in results.values()]
+        n = found[0]["n"] if isinstance(found[0], dict) else ""
+        rows += [[title, *map(text, found), n]] if key != "minutes" else []
+    return aligned(rows, 24, *[20] * len(results), 6)
 
 
-def text_table(figures, title):
+def rates_table(figures):
     """{row: figures} -> the rates, without their intervals, in 80 columns."""
-    def brief(cell):
-        return f"{100 * cell['rate']:.0f}" if cell else ""
-
     keys = {key: short for key, (_, short, _) in columns(figures.values()).items()
-            if key not in (*COSTS, "clip_score", "frechet")}
-    lines = [title, f"{'%':<30}" + "".join(f"{short:>5}" for short in keys.values())]
-    for name, figure in figures.items():
-        lines.append(f"{name:<30}" + "".join(f"{brief(figure.get(key)):>5}" for key in keys))
-    return "\n".join(lines)
+            if key not in ("minutes", "clip_score", "frechet")}
+    rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
+            for name, figure in figures.items()]
+    return aligned([["%", *keys.values()], *rows], 30, *[5] * len(keys))
 
 
 def markdown(figures, title, commits):
     """The whole table, with intervals, what each column counts, the rows' commits and minutes."""
     used = columns(figures.values())
-    lines = [f"**{escaped(title)}**", "",
-             f"| method | {' | '.join(name for name, _, _ in used.values())} |",
-             "| --- " * (len(used) + 1) + "|"]
-    for name, figure in figures.items():
-        cells = {key: figure.get(key) for key in used}
-        texts = ["" if c is None else percent(c) if isinstance(c, dict) else number(key, c)
-                 for key, c in cells.items()]
-        lines.append(f"| {escaped(name)} | " + " | ".join(texts) + " |")
+    rows = [["method", *(name for name, _, _ in used.values())], ["---"] * (len(used) + 1)]
+    rows += [[escaped(name), *(text(figure.get(key)) for key in used)]
+             for name, figure in figures.items()]
     meanings = "; ".join(f"{name}: {what}" for name, _, what in used.values())
     minutes = sum(figure.get("minutes", 0) for figure in figures.values())
-    lines += ["", f"Rates in % with their 95 % Wilson interval. {meanings}.", "",
-              f"{time.strftime('%Y-%m-%d')}, rows of commit {', '.join(commits)}, {minutes:.0f} "
-              "minutes of training a seed."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([
+        f"**{escaped(title)}**", "", *(f"| {' | '.join(row)} |" for row in rows), "",
+        f"Rates in % with their 95 % Wilson interval. {meanings}.", "",
+        f"{time.strftime('%Y-%m-%d')}, rows of commit {', '.join(commits)}, {minutes:.0f} minutes "
+        "of training a seed.", ""])
 
 
 def escaped(text):
@@ -216,8 +204,7 @@ def plot_losses(path, history):
 # --- the model card
 
 CARD = """---
-{base}license: {license}
-library_name: diffusers
+{base}library_name: diffusers
 tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
 ---
 # {title}
@@ -230,50 +217,34 @@ from diffusers import StableDiffusionPipeline
 from {library} import {cls}
 
 {part} = {cls}.from_pretrained({folder})
-pipeline = StableDiffusionPipeline.{opener}({source}, {pinned}{part}={part})
+pipeline = StableDiffusionPipeline.{opener}({source}, {part}={part})
 pipeline({prompt}).images[0].save("picture.png")
 ```
 """
-FIGURES = """
-```
-{table}
-```
 
-ASR: share of prompts for the concept whose picture shows it, without attack or under the attack (a
-prefix of {k} tokens, or of {k} free embeddings, found in {steps} steps). Utility: share of prompts
-for other things whose picture is right. Embedding attacks reach what no text can: they measure what
-is left in the model, not what a user can type.
-"""
+
+def write_card(path, config, results, part, folder):
+    """A model card for the hub: what was erased, how, the figures, and how to load it.
+
+    `part`: what was trained, saved beside the card; `folder`: that of the original model.
+    """
+    model, file = str(config.model), Path(config.model).is_file()
+    hub_id = model.partition("@")[0] if model.count("/") == 1 and not Path(model).exists() else ""
+    general = {f.name for f in fields(Settings)} - {"seed"}
+    own = [f"{name} {escaped(str(value))}" for name, value in asdict(config).items()
+           if name not in general]
+    library, cls = (("transformers", "CLIPTextModel") if part == "text_encoder" else
+                    ("diffusers", "UNet2DConditionModel"))
+    path.write_text(CARD.format(
+        base=f"base_model: {hub_id}\n" if hub_id else "", name=escaped(model),
+        title=escaped(f'{model} without "{config.concept}"'), settings=", ".join(own),
+        figures=f"```\n{table(results)}\n```\n" if "original" in results else "",
+        library=library, cls=cls, part=part, folder=quoted(str(path.parent / part)),
+        opener="from_single_file" if file else "from_pretrained",
+        source=quoted(hub_id or (model if file else str(folder))),
+        prompt=quoted(f"a photo of a {config.concept}")), encoding="utf-8")
 
 
 def quoted(text):
     """As a string of Python's."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def write_card(path, config, results, part, source):
-    """Write a model card for the hub: what was erased, how, the figures, and how to load it.
-
-    `part`: what was trained, saved beside the card; `source`: the folder of the original model.
-    """
-    model, text = str(config.model), part == "text_encoder"
-    hub_id, _, revision = model.partition("@")
-    hub, single_file = hub_id.count("/") == 1 and not Path(model).exists(), Path(model).is_file()
-    origin = hub_id if hub else model if single_file else source
-    pinned = f"revision={quoted(revision)}, " if hub and revision else ""
-    general = {f.name for f in fields(Settings)} - {"seed"}
-    own = [f"{name} {escaped(str(value))}" for name, value in asdict(config).items()
-           if name not in general]
-    figures = FIGURES.format(table=table(results), k=config.eval_prefix,
-                             steps=config.eval_attack_steps) if "original" in results else ""
-    card = CARD.format(
-        base=f"base_model: {hub_id}\n" if hub else "",
-        title=escaped(f'{model} without "{config.concept}"'), name=escaped(model),
-        license="mit" if model in TOY_UNETS else
-        "creativeml-openrail-m" if "stable-diffusion-v1" in model else "other",
-        part=part, settings=", ".join(own), figures=figures, folder=quoted(str(path.parent / part)),
-        opener="from_single_file" if single_file else "from_pretrained",
-        source=quoted(str(origin)), pinned=pinned, prompt=quoted(f"a photo of a {config.concept}"),
-        library="transformers" if text else "diffusers",
-        cls="CLIPTextModel" if text else "UNet2DConditionModel")
-    path.write_text(card, encoding="utf-8")

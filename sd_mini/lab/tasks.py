@@ -75,8 +75,7 @@ def write_outputs(out, experiment, config, sd, results, pictures):
     memory = torch.cuda.max_memory_reserved() / 2**30 if config.device != "cpu" else 0
     held = f", at most {memory:.1f} GiB on the GPU" if memory else ""
     names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
-    print(f"{out}: {', '.join(names)}\n{experiment.work.evaluations:,.0f} UNet evaluations, "
-          f"{time.time() - experiment.started:.0f} s{held}")
+    print(f"{out}: {', '.join(names)}\n{time.time() - experiment.started:.0f} s{held}")
 
 
 def sample(method, config):
