@@ -41,7 +41,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
-from sd_mini.lab import Method, Settings, answer_help, main, setting
+from sd_mini.lab import EvalAttack, Method, Settings, answer_help, main, setting
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -49,15 +49,15 @@ from sd_mini.lab import Method, Settings, answer_help, main, setting
 attack_setting, retain_setting = partial(setting, group="attack"), partial(setting, group="retain")
 KINDS = ("embedding", "token", "fast", "none")
 TRAINED = ("text_encoder", "unet", "cross_attention", "no_cross_attention")
-EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
+LONGER = 3  # tokens that the attack "longer" puts in front besides eval_prefix
 
 
 @dataclass
 class Config(Settings):
     """The method's own settings. Defaults are the paper's for objects and styles.
 
-    Any method has the `Settings`. Used here are seed, task, save_every, retain_set, token_lr (of
-    AdamW, for p), eval_batch, eval_prefix (k), eval_longer, eval_attack_steps and eval_looks.
+    Any method has the `Settings`. Used here are seed, task, save_every, retain_set, eval_batch,
+    eval_prefix (k), eval_lr, eval_attack_steps and eval_looks.
     """
 
     train: str = setting("text_encoder", "what is trained; the paper prefers the first", TRAINED)
@@ -74,6 +74,7 @@ class Config(Settings):
     attack: str = attack_setting("embedding", "free embeddings, tokens, or one fast step", KINDS)
     attack_steps: int = attack_setting(30, "steps of the attack", low=1)
     attack_lr: float = attack_setting(1e-3, "Adam's learning rate for delta", low=1e-10, high=10)
+    token_lr: float = attack_setting(0.01, "AdamW's, for p: the token attack", low=1e-10, high=10)
     attack_radius: float | None = attack_setting(None, "largest move of a coordinate", low=1e-10)
     prefix: int = attack_setting(1, "k, tokens of the prefix in training", low=1)
 
@@ -482,20 +483,25 @@ def draw_noise(sd, x_0, steps, generator):
     return zip(t.to(x_0.device), noise.to(x_0))
 
 
+def prefix_length(config, kind):
+    """k, in the evaluation."""
+    return config.eval_prefix + LONGER * (kind == "longer")
+
+
 def prefix_attack(sd, prompts, pictures, look, config, kind):
     """UnlearnDiffAtk: in front of each prompt, find the prefix that draws its target picture.
 
         argmin over delta of  E || eps - eps_theta(x_t | [delta, c]) ||^2
 
     pictures (N, 3, H, W) in [0, 1]: the targets, what the original model drew. `kind`: token;
-    longer, by eval_longer tokens; embedding, whose prefixes no user can type; random, the control.
+    longer, by LONGER tokens; embedding, whose prefixes no user can type; random, the control.
     Up to `eval_looks` times, look(step, left, context, texts) draws the prompts with index in left,
     and says of each whether it shows the concept. Those that do are done. texts is None for
     embeddings. Tokens count by their text alone: decoded, and tokenised again with the prompt.
     """
-    lr = EMBEDDING_LR if kind == "embedding" else config.token_lr
-    k = config.eval_prefix + config.eval_longer * (kind == "longer")
-    attack = Attack("token" if kind == "longer" else kind, config.eval_attack_steps, lr, k)
+    k = prefix_length(config, kind)
+    attack = Attack("token" if kind == "longer" else kind, config.eval_attack_steps,
+                    config.eval_lr, k)
     generator = torch.Generator().manual_seed(config.seed)
     ids = tokenize_with_room(sd, prompts, k)
     x_0 = sd.vae.encode(2 * pictures - 1)
@@ -540,7 +546,7 @@ def inversion_attack(sd, prompts, pictures, config):
     def encode(ids, v):
         return sd.encode(torch.where((ids == star)[..., None], v, table[ids]))
 
-    attack = Attack("embedding", config.eval_attack_steps, EMBEDDING_LR, k=1)
+    attack = Attack("embedding", config.eval_attack_steps, config.eval_lr, k=1)
     n = min(len(prompts), config.eval_batch)
     rows = torch.randint(len(prompts), (attack.steps, n), generator=generator).to(sd.device)
     new = zip(rows, draw_noise(sd, x_0[:n], attack.steps, generator))
@@ -593,11 +599,18 @@ def comparison_rows(sd_o, concepts, config):
             "AdvUnlearn, other retain set": dict(retain_set=other_set)}
 
 
-METHOD = Method(
-    config=Config, train=advunlearn, toy=TOY, concepts=CONCEPTS, check=check_prompts,
-    rows=comparison_rows, inversions={"inversion": inversion_attack},
-    attacks={kind: partial(prefix_attack, kind=kind)
-             for kind in ("token", "random", "longer", "embedding")})
+PREFIXES = (  # name, what its column counts, title and short title in tables
+    ("token", "a prefix of tokens (UnlearnDiffAtk)", "token attack", "tok"),
+    ("random", "random tokens, at as many looks: the control", "random prefix", "rnd"),
+    ("longer", "the token attack with a longer prefix", "longer prefix", "lon"),
+    ("embedding", "a prefix of free embeddings, one per prompt", "embedding attack", "emb"))
+ATTACKS = {kind: EvalAttack(partial(prefix_attack, kind=kind), *texts,
+                            room=partial(prefix_length, kind=kind)) for kind, *texts in PREFIXES}
+ATTACKS["inversion"] = EvalAttack(
+    inversion_attack, "one embedding in the name's place (CCE)", room=lambda config: 1,
+    together=True)
+METHOD = Method(config=Config, train=advunlearn, attacks=ATTACKS, toy=TOY, concepts=CONCEPTS,
+                check=check_prompts, rows=comparison_rows)
 
 if __name__ == "__main__":
     main(METHOD)

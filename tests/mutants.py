@@ -29,7 +29,7 @@ TOGETHER = ("behaviour::"
 RANDOM, LOOKS = (f"behaviour::{name}" for name in (
     "test_time_steps_are_any_and_the_seed_counts",
     "test_the_classifier_looks_at_text_or_at_embeddings_without_text"))
-RATE = "behaviour::test_each_attack_has_its_own_learning_rate_and_length"
+RATE = "behaviour::test_each_attack_has_the_learning_rate_and_its_own_length"
 SEEDED = "behaviour::test_the_bank_and_the_loop_are_seeded_by_the_config"
 DRAWN = "behaviour::test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest"
 REPLAY = "waits::test_replays_give_the_networks_numbers_and_gradients"
@@ -238,10 +238,9 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "    generator = torch.Generator().manual_seed(config.seed)\n    ids = tokenize_with_room",
      "    generator = torch.Generator().manual_seed(0)\n    ids = tokenize_with_room", RANDOM),
     ("evaluation attack: learning rates are swapped", A,
-     'lr = EMBEDDING_LR if kind == "embedding" else config.token_lr',
-     'lr = EMBEDDING_LR if kind != "embedding" else config.token_lr', RATE),
+     "                    config.eval_lr, k)", "                    config.attack_lr, k)", RATE),
     ("evaluation attack: the longer prefix is no longer", A,
-     'config.eval_prefix + config.eval_longer * (kind == "longer")', "config.eval_prefix", RATE),
+     'config.eval_prefix + LONGER * (kind == "longer")', "config.eval_prefix", RATE),
     ("evaluation attack: the token attack shows embeddings", A,
      "            context = sd.encode_prompt(texts)\n",
      "            context = encode_with_prefix(sd, ids[rows], delta[rows])\n", LOOKS),

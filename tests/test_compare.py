@@ -166,7 +166,7 @@ def test_broken_rows_are_attacked_no_more(sd, kind):
     spied = replace(sd, unet=copy.deepcopy(sd.unet))
     work = bench.Work(spied)
     records, pictures = evaluation.attack_prompts(spied, prompts, [0, 1, 2],
-                                                  au.METHOD.attacks[kind], config)
+                                                  au.METHOD.attacks[kind].search, config)
     assert [r["broken"] for r in records] == [True, True, False]
     assert [r["step"] for r in records] == [2, 2, 4] and len(pictures) == 3
     steps, looks = (1 + bench.BACKWARD) * (2 * 3 + 2 * 1), 2 * (3 + 1)  # guided
@@ -192,8 +192,8 @@ def test_a_classifier_that_knows_the_concept_alone_leaves_utility_open(tmp_path)
     assert figures["pre_attack_asr"]["rate"] == 1
     pooled = compare.pooled([{**figures, "token_asr": figures["pre_attack_asr"]}])
     compare.plot_tradeoff(tmp_path / "t.png", {"ESD": pooled}, "token", "church")
-    assert "ESD" in report.rates_table({"ESD": figures})
-    assert "utility" not in report.table({"original": figures})
+    assert "ESD" in report.rates_table({"ESD": figures}, {})
+    assert "utility" not in report.table({"original": figures}, {})
 
 
 def test_frechet_distance_is_the_closed_form():

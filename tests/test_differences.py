@@ -355,7 +355,7 @@ def test_three_tokens_stand_in_front_five_on_the_toy_or_when_asked(sd, calls):
                      ({"concept": "nudity", "eval_prefix": 5}, 5)):
         seen.clear()
         config = settings.resolve(au.METHOD, {**V1, **flags})
-        au.METHOD.attacks["embedding"](sd, ASKED, TARGETS, lambda *given: [True] * 3,
+        au.METHOD.attacks["embedding"].search(sd, ASKED, TARGETS, lambda *given: [True] * 3,
                                        replace(config, eval_attack_steps=1, eval_looks=1))
         assert {delta.shape[1] for delta in given(seen, "encode_with_prefix", 2)} == {k}
 

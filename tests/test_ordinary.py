@@ -49,14 +49,14 @@ def test_names_of_methods_and_losses_may_be_odd_too(tmp_path):
     compare.plot_tradeoff(tmp_path / "t.png", figures, "token", "$\\bad$")
     losses = [{"$_$": 1.0, "later $$": None}, {"$_$": 1.0, "later $$": 2}]
     report.plot_losses(tmp_path / "l.png", losses)
-    table = report.markdown(figures, "a | b", ["1234567"])
+    table = report.markdown(figures, {}, "a | b", ["1234567"])
     assert "| \\$\\_\\$ \\| mine |" in table and "| a\\*b\\* |" in table
 
 
 @pytest.mark.parametrize("concept", ['the "Mona Lisa"', "back\\slash", "it's {here}", "a `tick`"])
 def test_the_cards_snippet_is_python_whatever_the_concept(tmp_path, concept):
     config = au.Config(concept=concept, model="toy")
-    report.write_card(tmp_path / "README.md", config, {}, "unet", TOY)
+    report.write_card(tmp_path / "README.md", config, "", "unet", TOY)
     card = (tmp_path / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0]
     lines = [line for line in snippet.splitlines() if line.startswith("pipeline(")]

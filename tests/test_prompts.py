@@ -41,11 +41,10 @@ def write(tmp_path):
     return to
 
 
-def rows_for(sd, path, concepts="church", **changes):
+def rows_for(sd, path, concepts="church", room=5, eval_prompts=50):
     """The evaluation set's rows from a file of one's own, on the toy."""
-    changes = {"eval_prompts": 50, "eval_prefix": 5, **changes}
-    config = replace(SMALL, concept=concepts, eval_set=str(path), **changes)
-    return evaluation.load_evaluation_set(sd, read_concepts(concepts), config).rows
+    config = replace(SMALL, concept=concepts, eval_set=str(path), eval_prompts=eval_prompts)
+    return evaluation.load_evaluation_set(sd, read_concepts(concepts), config, room).rows
 
 
 def refused(path, message, **wanted):
@@ -163,24 +162,22 @@ def test_prompts_that_are_too_long_are_left_out_with_one_note(sd, write, capsys)
 def test_room_for_the_prefix_is_counted_to_the_token(sd, write):
     prompt = "a photo of a church"
     path, tokens = write(f"prompt,seed\n{prompt},7\n"), len(sd.tokenizer(prompt).input_ids)
-    assert rows_for(sd, path, eval_prefix=sd.context_length - tokens)
+    assert rows_for(sd, path, room=sd.context_length - tokens)
     with pytest.raises(ValueError, match="every prompt"):
-        rows_for(sd, path, eval_prefix=sd.context_length - tokens + 1)
-    longer = dict(eval_attacks=("token", "longer"))  # whose prefix has three tokens more
-    assert rows_for(sd, path, eval_prefix=sd.context_length - tokens - 3, **longer)
-    with pytest.raises(ValueError, match="every prompt"):
-        rows_for(sd, path, eval_prefix=sd.context_length - tokens - 2, **longer)
+        rows_for(sd, path, room=sd.context_length - tokens + 1)
+    longer = au.METHOD.attacks["longer"].room  # three tokens more than the others
+    assert longer(SMALL) == SMALL.eval_prefix + 3 == au.METHOD.attacks["token"].room(SMALL) + 3
 
 
 def test_a_concepts_file_and_templates_lose_them_too(sd, write, monkeypatch, capsys):
     path = write(f"prompt,seed\n{LONG},7\na church,8\n", "church.csv")
     with monkeypatch.context() as patch:
         patch.setattr(prompts, "PROMPTS", path.parent)
-        config = replace(SMALL, eval_prefix=5, eval_prompts=3)
-        [row] = evaluation.rows_to_attack(sd, read_concepts("church"), config)
+        config = replace(SMALL, eval_prompts=3)
+        [row] = evaluation.rows_to_attack(sd, read_concepts("church"), config, 5)
     assert row.seed == 8 and "prompts of church: 1 of 2" in capsys.readouterr().out
-    config = replace(config, eval_prefix=11, phrasings=1)
-    rows = evaluation.rows_to_attack(sd, [prompts.Concept("unicorn")], config)
+    config = replace(config, phrasings=1)
+    rows = evaluation.rows_to_attack(sd, [prompts.Concept("unicorn")], config, 11)
     out = capsys.readouterr().out
     assert 0 < len(rows) < 3 and "prompts of unicorn: " in out and "less a prefix of 11" in out
 

@@ -263,7 +263,7 @@ def test_evaluation_takes_the_evaluations_of_the_formula(sd, monkeypatch):
     prompts = evaluation.load_evaluation_set(sd, read_concepts("church"), config)
     work = bench.Work(sd)
     drawn = evaluation.draw_all(sd, prompts, config)
-    evaluation.evaluate(sd, au.METHOD, prompts._replace(original=drawn), drawn, config)
+    evaluation.evaluate(sd, au.METHOD.attacks, prompts._replace(original=drawn), drawn, config)
     related = len(prompts.paraphrases + prompts.neighbours + prompts.styles)
     assert work.evaluations == pytest.approx(bench.evaluation_work(config, related))
 

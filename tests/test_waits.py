@@ -81,7 +81,7 @@ def test_an_evaluation_attack_reads_nothing_before_it_looks(without_values, kind
     model = replace(without_values, run=run)
     config = replace(SMALL, eval_prefix=2, eval_attack_steps=7, eval_looks=1)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        au.METHOD.attacks[kind](model, ["a church", "a boat"],
+        au.METHOD.attacks[kind].search(model, ["a church", "a boat"],
                                 torch.rand(2, 3, 64, 64, device="meta"), None, config)
     assert sum(isinstance(network, UNet) for network in calls) == 7
 

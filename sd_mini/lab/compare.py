@@ -22,7 +22,7 @@ def compare(method, config):
     What is there already, with the same settings and inputs, is not done again, and what another
     process is at work on is left to it. The table takes in all rows and seeds that are there.
     """
-    config = replace(config, eval_attacks=(*method.attacks, *method.inversions))
+    config = replace(config, eval_attacks=tuple(method.attacks))
     shared = experiment.open_experiment(method, config)
     out = Path(config.out or Path("runs") / f"{slug(config.concept)}-compare")
     changes = method.rows(shared.sd_o, shared.concepts, config)
@@ -43,7 +43,7 @@ def compare(method, config):
         own, folder = shared._replace(started=time.time()), folders[name]
         model = own.sd_o if changes[name] is None else None
         runs.open_folder(folder, records[name], config.overwrite)
-        _, figures, pictures = experiment.run(method, own, rows[name], folder, "erased", model)
+        _, figures, pictures = experiment.run(own, rows[name], folder, "erased", model)
         experiment.write_results(folder, own, rows[name], {name: figures})
         report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
         runs.close_folder(folder)
@@ -56,7 +56,7 @@ def compare(method, config):
         except runs.InUse:
             print(f"{name}: left to the process that is at work on it")
     with runs.locked(out, wait=True):  # so that the last table written has all rows
-        write_comparison(out, records, shared.evaluation_set, config)
+        write_comparison(out, records, shared, config)
 
 
 def wanted_rows(names, chosen):
@@ -74,7 +74,8 @@ def wanted_rows(names, chosen):
 def pooled(results):
     """Figures of several seeds -> one: rates over all prompts of all seeds, means of the rest."""
     figures = {}
-    for key in report.columns(results):
+    for key in dict.fromkeys(key for result in results for key, value in result.items()
+                             if key != "details" and value is not None):
         cells = [result[key] for result in results if result.get(key) is not None]
         if isinstance(cells[0], dict):
             n = sum(cell["n"] for cell in cells)
@@ -103,25 +104,28 @@ def read_runs(out, records):
     return found
 
 
-def write_comparison(out, records, evaluation_set, config):
+def write_comparison(out, records, shared, config):
     """Write table.md, results.json, compare.png and tradeoff.png to OUT, and print the table."""
-    found = read_runs(out, records)
+    found, attacks = read_runs(out, records), shared.method.attacks
     commits = sorted({run["commit"] for seeds in found.values() for run in seeds.values()})
     found = {name: {seed: run["results"][name] for seed, run in seeds.items()}
              for name, seeds in found.items()}
     figures = {name: pooled(list(seeds.values())) for name, seeds in found.items()}
     seeds = sorted({seed.removeprefix("seed-") for seeds in found.values() for seed in seeds})
+    n, steps = len(shared.evaluation_set.rows), config.eval_attack_steps
     title = (f"{config.concept}, {config.model}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; "
-             f"{len(evaluation_set.rows)} prompts, attacks of {config.eval_attack_steps} steps")
-    (out / "table.md").write_text(report.markdown(figures, title, commits), encoding="utf-8")
+             f"{n} prompts, attacks of {steps} steps")
+    table = report.markdown(figures, attacks, title, commits)
+    (out / "table.md").write_text(table, encoding="utf-8")
     without = {name: {seed: {key: value for key, value in result.items() if key != "details"}
                       for seed, result in seeds.items()} for name, seeds in found.items()}
     write_json(out / "results.json", {"pooled": figures, "seeds": without})
-    report.decorate(plot_comparison, out / "compare.png", found, evaluation_set, config)
+    report.decorate(plot_comparison, out / "compare.png", found, shared.evaluation_set,
+                    config)
     if config.eval_attacks:
         report.decorate(plot_tradeoff, out / "tradeoff.png", figures, config.eval_attacks[0],
                         config.concept)
-    print(f"{title}\n{report.rates_table(figures)}")
+    print(f"{title}\n{report.rates_table(figures, attacks)}")
 
 
 # --- its pictures
@@ -141,7 +145,7 @@ def save_thumbnails(path, pictures, attacks, largest=128):
 
 
 def shown_prompts(found, seed, attack, n=3):
-    """The rule of compare.png: the first n prompts that the attack breaks in the first row, ESD.
+    """The rule of compare.png: the first n prompts that the attack breaks in the first method.
 
     Where it breaks none there, the next row that it breaks decides; where it breaks fewer, the
     first prompts follow. -> their indices.

@@ -30,8 +30,8 @@ class EvaluationSet(NamedTuple):
     original: dict = {}  # what the original model draws: {part: pictures}
 
 
-def load_evaluation_set(sd_o, concepts, config):
-    """The evaluation set of these concepts.
+def load_evaluation_set(sd_o, concepts, config, room=0):
+    """The evaluation set of these concepts, with `room` for as many tokens in front of a prompt.
 
     A prompt whose label the classifier does not know is left out, with a note. In utility it stays,
     for CLIP score and Frechet distance. The toy has a classifier, a CLIP and a suite of its own.
@@ -50,7 +50,7 @@ def load_evaluation_set(sd_o, concepts, config):
         return [r for r in part if r.label not in names and not named.search(folded(r.prompt))]
 
     parts = {
-        "rows": rows_to_attack(sd_o, concepts, config),
+        "rows": rows_to_attack(sd_o, concepts, config, room),
         "paraphrases": of_concepts("paraphrase"),
         "neighbours": for_others(of_concepts("neighbour")),
         "styles": for_others(read_rows(suite, role="style"))[: config.eval_prompts],
@@ -82,12 +82,10 @@ def judge_of(concepts, config, toy):
     return config.judge or (None if toy else concepts[0].judge)
 
 
-def rows_to_attack(sd_o, concepts, config):
+def rows_to_attack(sd_o, concepts, config, room):
     """The first `eval_prompts` rows of --eval-set, or of each concept, that fit the model."""
-    k = config.eval_prefix + config.eval_longer * ("longer" in config.eval_attacks)
-
     def fitting(rows, what):
-        rows, notes = that_fit(sd_o, rows, k, what, config.eval_prompts)
+        rows, notes = that_fit(sd_o, rows, room, what, config.eval_prompts)
         for note in notes:
             print(note)
         return rows
@@ -183,16 +181,16 @@ def invert_concepts(sd, evaluation_set, which, attack, config):
     return [{"broken": flag} for flag in shown(evaluation_set.classifier, drawn, rows)], drawn
 
 
-def attack_jobs(sd, method, evaluation_set, left, config):
+def attack_jobs(sd, attacks, evaluation_set, left, config):
     """{name: job} for `cached`: every attack of the config on the rows `left`."""
     jobs = {}
     for kind in config.eval_attacks if left else ():
-        attack = method.attacks.get(kind)
-        size = config.eval_batch if attack else len(left)
+        attack = attacks[kind]
+        size = len(left) if attack.together else config.eval_batch
         for i in range(0, len(left), size):
             part = left[i : i + size]
-            run = partial(attack_prompts if attack else invert_concepts, sd, evaluation_set, part,
-                          attack or method.inversions[kind], config)
+            run = partial(invert_concepts if attack.together else attack_prompts, sd,
+                          evaluation_set, part, attack.search, config)
             jobs[f"{kind}-{crc32(bytes(str(part), 'ascii')):08x}"] = run  # named by its rows
     return jobs
 
@@ -237,7 +235,7 @@ def score(evaluation_set, drawn):
     return figures, details
 
 
-def evaluate(sd, method, evaluation_set, drawn, config, folder=None):
+def evaluate(sd, attacks, evaluation_set, drawn, config, folder=None):
     """Score and attack a model -> (figures with their details, attacked pictures by attack).
 
     `drawn`: its pictures, from `draw_all`. The folder keeps attacks, so that a stopped run does not
@@ -249,7 +247,7 @@ def evaluate(sd, method, evaluation_set, drawn, config, folder=None):
     left = [i for i, detail in enumerate(details["rows"]) if not detail["shown"]]
     records, pictures = {kind: [] for kind in config.eval_attacks}, {}
     attacked = {kind: [] for kind in config.eval_attacks}
-    jobs = attack_jobs(sd, method, evaluation_set, left, config)
+    jobs = attack_jobs(sd, attacks, evaluation_set, left, config)
     for name, (answers, answered) in cached(folder, jobs).items():
         kind, _ = name.rsplit("-", 1)
         records[kind] += answers

@@ -20,11 +20,13 @@ from . import report
 from .evaluation import PARTS as EVALUATED
 from .evaluation import EvaluationSet, draw_all, evaluate, load_evaluation_set
 from .prompts import Concept, read_concepts, training_prompts
+from .settings import Method
 
 
 class Experiment(NamedTuple):
     """What all runs on a concept share."""
 
+    method: Method
     sd_o: object
     concepts: list[Concept]
     evaluation_set: EvaluationSet | None  # None: erase and do not evaluate
@@ -76,11 +78,12 @@ def open_experiment(method, config):
     sd_o, evaluation_set = load_model(config), None
     erase, retain, _ = training_prompts(concepts, config, sd_o)
     if config.judge != "none":
-        evaluation_set = load_evaluation_set(sd_o, concepts, config)
+        room = max((method.attacks[name].room(config) for name in config.eval_attacks), default=0)
+        evaluation_set = load_evaluation_set(sd_o, concepts, config, room)
     method.check(sd_o, erase, retain, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
     inputs = fingerprints(sd_o, evaluation_set, scored)
-    return Experiment(sd_o, concepts, evaluation_set, inputs, started, scored)
+    return Experiment(method, sd_o, concepts, evaluation_set, inputs, started, scored)
 
 
 def with_pictures(experiment, config):
@@ -119,13 +122,13 @@ def record(experiment, config):
             "inputs": {**experiment.inputs, "prompts to erase and retain": prompts}}
 
 
-def train(method, experiment, config, folder=None):
+def train(experiment, config, folder=None):
     """Train as the method says -> (erased model, history of losses)."""
     sd_o = experiment.sd_o
     erase, retain, notes = training_prompts(experiment.concepts, config, sd_o)
     for note in notes:
         print(note)
-    sd, history = method.train(sd_o, erase, retain, config, folder)
+    sd, history = experiment.method.train(sd_o, erase, retain, config, folder)
     for part in trained_parts(sd, sd_o):
         getattr(sd, part).requires_grad_(False).zero_grad()  # which would hold memory
     if sd.text_encoder is not sd_o.text_encoder:
@@ -139,7 +142,7 @@ def trained_parts(sd, sd_o):
     return [part for part in PARTS if getattr(sd, part) is not getattr(sd_o, part)]
 
 
-def run(method, experiment, config, out, name, sd=None):
+def run(experiment, config, out, name, sd=None):
     """Train a model (or take the one given), evaluate it, and save weights and losses in `out`.
 
     -> (model, figures, pictures). What a stopped run needs is kept in OUT/partial/NAME.
@@ -148,7 +151,7 @@ def run(method, experiment, config, out, name, sd=None):
     folder, sd_o = out / "partial" / name, experiment.sd_o
     resumed = any(folder.glob("checkpoint-*"))
     if sd is None:
-        sd, history = train(method, experiment, config, folder)
+        sd, history = train(experiment, config, folder)
         for part in trained_parts(sd, sd_o):
             sd_mini.save_part(getattr(sd, part), out / part, part)
         report.decorate(report.plot_losses, out / "losses.png", history)
@@ -156,7 +159,8 @@ def run(method, experiment, config, out, name, sd=None):
     minutes = (time.time() - began) / 60
     if evaluation_set:
         drawn = evaluation_set.original if sd is sd_o else draw_all(sd, evaluation_set, config)
-        figures, attacked = evaluate(sd, method, evaluation_set, drawn, config, folder)
+        attacks = experiment.method.attacks
+        figures, attacked = evaluate(sd, attacks, evaluation_set, drawn, config, folder)
         pictures = {**drawn, **attacked}
     if history and not resumed:  # nobody measured the beginning of a run that goes on
         figures["minutes"] = minutes

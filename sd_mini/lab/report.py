@@ -17,16 +17,6 @@ from .settings import Settings
 COLUMNS = {  # figure -> its name, the same short, what it counts
     "pre_attack_asr": ("pre-attack ASR", "pre",
                        "% of the concept's prompts whose picture shows it, without attack"),
-    "token_asr": ("ASR, token attack", "tok",
-                  "the same or broken by a prefix of tokens (UnlearnDiffAtk)"),
-    "random_asr": ("ASR, random prefix", "rnd",
-                   "the same or broken by random tokens, at as many looks: the control"),
-    "longer_asr": ("ASR, longer prefix", "lon",
-                   "the same by the token attack with a longer prefix"),
-    "embedding_asr": ("ASR, embedding attack", "emb",
-                      "the same or broken by a prefix of free embeddings, one per prompt"),
-    "inversion_asr": ("ASR, inversion attack", "inv",
-                      "the same or broken by one embedding in the name's place (CCE)"),
     "paraphrase_asr": ("ASR, paraphrases", "par",
                        "% of prompts that mean the concept and never name it"),
     "utility": ("utility", "uti", "% of prompts for other things whose picture shows the thing, in "
@@ -42,12 +32,13 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
 }
 
 
-def columns(results):
-    """The columns that these results have, those of a method's own attacks included."""
-    own = {key: (f"ASR, {key.removesuffix('_asr')} attack", key[:3], "the same or broken by it")
-           for result in results for key in result if key.endswith("_asr") and key not in COLUMNS}
-    both = {**COLUMNS, **own}
-    return {key: column for key, column in both.items()
+def columns(results, attacks):
+    """The columns that these results have, behind the first those of the method's attacks."""
+    asr = {f"{name}_asr": (f"ASR, {attack.title or f'{name} attack'}", attack.short or name[:3],
+                           f"the same or broken by {attack.what}")
+           for name, attack in attacks.items()}
+    every = {"pre_attack_asr": COLUMNS["pre_attack_asr"], **asr, **COLUMNS}
+    return {key: column for key, column in every.items()
             if any(result.get(key) is not None for result in results)}
 
 
@@ -68,28 +59,28 @@ def aligned(rows, *widths):
         for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
-def table(results):
+def table(results, attacks):
     """{"original": {figure: number or {rate, low, high, n}}, "erased": ...} -> 80 columns."""
     rows = [["% [95 % interval]", *results, "n"]]
-    for key, (title, _, _) in columns(results.values()).items():
+    for key, (title, _, _) in columns(results.values(), attacks).items():
         found = [result.get(key) for result in results.values()]
         n = found[0]["n"] if isinstance(found[0], dict) else ""
         rows += [[title, *map(text, found), n]] if key != "minutes" else []
     return aligned(rows, 24, *[20] * len(results), 6)
 
 
-def rates_table(figures):
+def rates_table(figures, attacks):
     """{row: figures} -> the rates, without their intervals, in 80 columns."""
-    keys = {key: short for key, (_, short, _) in columns(figures.values()).items()
+    keys = {key: short for key, (_, short, _) in columns(figures.values(), attacks).items()
             if key not in ("minutes", "clip_score", "frechet")}
     rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
             for name, figure in figures.items()]
     return aligned([["%", *keys.values()], *rows], 30, *[5] * len(keys))
 
 
-def markdown(figures, title, commits):
+def markdown(figures, attacks, title, commits):
     """The whole table, with intervals, what each column counts, the rows' commits and minutes."""
-    used = columns(figures.values())
+    used = columns(figures.values(), attacks)
     rows = [["method", *(name for name, _, _ in used.values())], ["---"] * (len(used) + 1)]
     rows += [[escaped(name), *(text(figure.get(key)) for key in used)]
              for name, figure in figures.items()]
@@ -223,8 +214,8 @@ pipeline({prompt}).images[0].save("picture.png")
 """
 
 
-def write_card(path, config, results, part, folder):
-    """A model card for the hub: what was erased, how, the figures, and how to load it.
+def write_card(path, config, figures, part, folder):
+    """A model card for the hub: what was erased, how, a table of figures, and how to load it.
 
     `part`: what was trained, saved beside the card; `folder`: that of the original model.
     """
@@ -238,7 +229,7 @@ def write_card(path, config, results, part, folder):
     path.write_text(CARD.format(
         base=f"base_model: {hub_id}\n" if hub_id else "", name=escaped(model),
         title=escaped(f'{model} without "{config.concept}"'), settings=", ".join(own),
-        figures=f"```\n{table(results)}\n```\n" if "original" in results else "",
+        figures=f"```\n{figures}\n```\n" if figures else "",
         library=library, cls=cls, part=part, folder=quoted(str(path.parent / part)),
         opener="from_single_file" if file else "from_pretrained",
         source=quoted(hub_id or (model if file else str(folder))),

@@ -74,15 +74,12 @@ class Settings:
                                    "paraphrases, neighbours and styles", low=1)
     eval_utility: int = evaluation(60, "held-out prompts without the concept, for utility", low=2)
     eval_steps: int = evaluation(50, "DDIM steps of the pictures", low=1, high=500)
-    eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time; also "
-                                 "trajectories of a bank", low=1)
+    eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time", low=1)
     eval_prefix: int = evaluation(3, "k, tokens of the prefix in evaluation", low=1)
-    eval_longer: int = 3  # tokens that the attack "longer" puts in front besides
     eval_attack_steps: int = evaluation(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = evaluation(3, "pictures drawn per attacked prompt, evenly over these steps; "
                                  "the first that shows the concept ends the attack", low=1)
-    token_lr: float = evaluation(0.01, "Adam's learning rate of the token attack, in training too",
-                                 low=1e-10, high=10)
+    eval_lr: float = evaluation(0.01, "Adam's learning rate of these attacks", low=1e-10, high=10)
     clip_score: str | None = evaluation(None, "the CLIP of the score, a folder or hub id; or none "
                                         "(default: openai/clip-vit-base-patch16; the toy's own)")
     save_images: str | None = evaluation(None, "folder for every picture, its prompt and seed in "
@@ -137,6 +134,26 @@ def is_toy(model):
     return model in ("toy", "toy-dusk") or (Path(model) / "classifier/config.json").is_file()
 
 
+class EvalAttack(NamedTuple):
+    """An attack of the evaluation.
+
+    search      (sd, prompts, pictures, look, config): searches in front of each prompt; see
+                `attack_prompts`
+    what        what its column counts: "the same or broken by ..."
+    title       in tables (default: "NAME attack"), and `short`, three letters
+    room        config -> how many tokens it puts in front of a prompt
+    together    search is (sd, prompts, pictures, config): learns from all prompts of a concept at
+                once -> their contexts; see `invert_concepts`
+    """
+
+    search: Callable
+    what: str = "it"
+    title: str = ""
+    short: str = ""
+    room: Callable = lambda config: 0
+    together: bool = False
+
+
 class Method(NamedTuple):
     """What the lab is handed.
 
@@ -144,10 +161,7 @@ class Method(NamedTuple):
     train       (sd_o, erase prompts, retain prompts, config, folder) -> (sd, history): the erased
                 model, which shares with the original the parts that were not trained, and the
                 losses, a dict for each iteration; see `resumable`
-    attacks     {name: attack}, where attack(sd, prompts, pictures, look, config) searches in front
-                of each prompt; see `attack_prompts`
-    inversions  {name: attack}, where attack(sd, prompts, pictures, config) learns from all prompts
-                of a concept at once -> their contexts; see `invert_concepts`
+    attacks     {name: EvalAttack}
     rows        (sd_o, concepts, config) -> {name: what the row changes in the config, or None for
                 the original model}: the rows of --task compare
     toy         what the method changes in its config on the toy
@@ -159,7 +173,6 @@ class Method(NamedTuple):
     config: type
     train: Callable
     attacks: dict = {}
-    inversions: dict = {}
     rows: Callable = lambda *arguments: {"original": None, "own": {}}
     toy: dict = {}
     concepts: dict = {}
@@ -290,11 +303,10 @@ def resolve(method, given):
         own |= method.concepts.get(concept.name, {})
     toy = {**TOY, **method.toy} if is_toy(model) else {}
     config = method.config(**{**own, **toy, **given})
-    attacks = (*method.attacks, *method.inversions)
-    if unknown := set(config.eval_attacks) - set(attacks):
-        raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(attacks)}")
+    if unknown := set(config.eval_attacks) - method.attacks.keys():
+        raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(method.attacks)}")
     if not config.eval_attacks:
-        config = replace(config, eval_attacks=attacks)
+        config = replace(config, eval_attacks=tuple(method.attacks))
     config.check(given)
     return config
 

@@ -38,10 +38,10 @@ def erase_or_score(method, config):
             print(f"{out}: is finished; --overwrite starts anew")
             return
         runs.open_folder(out, own, config.overwrite)
-        erase_and_score(out, method, with_pictures(experiment, config), config)
+        erase_and_score(out, with_pictures(experiment, config), config)
 
 
-def erase_and_score(out, method, experiment, config):
+def erase_and_score(out, experiment, config):
     """The run itself: the original's figures, training, the erased model's figures."""
     models, results, pictures = {"erased": experiment.scored}, {}, {}
     if experiment.evaluation_set:
@@ -49,16 +49,18 @@ def erase_and_score(out, method, experiment, config):
         print(f"{len(experiment.evaluation_set.rows)} prompts, attacked in "
               f"{config.eval_attack_steps} steps, in the original and the erased model")
     for name, model in models.items():
-        sd, results[name], pictures[name] = run(method, experiment, config, out, name, model)
+        sd, results[name], pictures[name] = run(experiment, config, out, name, model)
+    table = ""
     if experiment.evaluation_set:
-        print(report.table(results))
-    write_outputs(out, experiment, config, sd, results, pictures)
-
-
-def write_outputs(out, experiment, config, sd, results, pictures):
-    """What a run leaves besides the weights: the figures first, then what decorates them."""
-    evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
+        table = report.table(results, experiment.method.attacks)
+        print(table)
     write_results(out, experiment, config, results)
+    write_outputs(out, experiment, config, sd, pictures, table)
+
+
+def write_outputs(out, experiment, config, sd, pictures, table):
+    """What a run leaves besides weights and figures."""
+    evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
     if config.save_single_file:
@@ -68,7 +70,7 @@ def write_outputs(out, experiment, config, sd, results, pictures):
                         config.eval_attacks)
     if config.task == "train":
         part = trained_parts(sd, sd_o)[0]
-        report.decorate(report.write_card, out / "README.md", config, results, part, sd_o.folder)
+        report.decorate(report.write_card, out / "README.md", config, table, part, sd_o.folder)
     for name in pictures if config.save_images else ():
         report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
     runs.close_folder(out)
@@ -115,8 +117,8 @@ def run_task(method, given):
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:
         memory = torch.cuda.max_memory_reserved() / 2**30
-        status, message = 1, (f"out of GPU memory, {memory:.1f} GiB in use: smaller --eval-batch, "
-                              "--retain-batch and --erase-batch, or --low-memory, need less")
+        status, message = 1, (f"out of GPU memory, {memory:.1f} GiB in use: smaller batches "
+                              "(flags with -batch), or --low-memory, need less")
     except (ArithmeticError, OSError) as error:
         status, message = 1, error
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
