@@ -14,7 +14,7 @@ import torch
 import transformers
 
 import advunlearn as au
-from sd_mini.lab import classifiers, compare, evaluation, report, settings
+from sd_mini.lab import classifiers, compare, evaluation, report, settings, tasks
 from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import (PROMPTS, Row, evaluation_rows, read_concepts, read_csv, read_rows,
                                  training_prompts, without_concept)
@@ -76,11 +76,9 @@ def test_concepts_with_a_file_without_and_several():
     ([], 1, 0.5), (["--concept", "nudity"], 0, 0.3), (["--concept", "church,nudity"], 0, 0.3),
     (["--concept", "nudity", "--layers", "2"], 2, 0.3)])
 def test_the_method_sets_for_a_concept_what_the_flags_do_not(flags, layers, gamma):
-    from sd_mini.lab.settings import parse, resolve
-
-    config = resolve(au.METHOD, parse(au.Config, ["--model", "some/model", *flags]))
+    config = tasks.resolve(au.METHOD, settings.parse(au.Config, ["--model", "some/model", *flags]))
     assert (config.layers, config.retain_weight) == (layers, gamma)
-    toy = resolve(au.METHOD, parse(au.Config, ["--model", "toy", *flags]))
+    toy = tasks.resolve(au.METHOD, settings.parse(au.Config, ["--model", "toy", *flags]))
     wanted = au.TOY["retain_weight"], au.TOY["steps"], settings.TOY["eval_prompts"]
     assert (toy.retain_weight, toy.steps, toy.eval_prompts) == wanted
 

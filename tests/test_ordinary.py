@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import advunlearn as au
-from sd_mini.lab import classifiers, compare, report, runs, settings
+from sd_mini.lab import classifiers, compare, report, runs, tasks
 from sd_mini.weights import TOY
 
 from .test_run import FLAGS, ROOT, main, read_figures
@@ -305,7 +305,7 @@ def test_what_is_not_there_names_the_flag_that_does_without(tmp_path, capsys, fl
 
 def test_a_toy_in_its_own_folder_is_a_toy(tmp_path):
     shutil.copytree(TOY, tmp_path / "mine")
-    own, embedded = (settings.resolve(au.METHOD, {"model": model})
+    own, embedded = (tasks.resolve(au.METHOD, {"model": model})
                      for model in (str(tmp_path / "mine"), "toy"))
     assert replace(own, model="toy") == embedded
     network = classifiers.ToyClassifier("cpu", tmp_path / "mine").network

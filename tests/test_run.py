@@ -1,4 +1,5 @@
 """The outer loop and the command line, end to end on a small budget."""
+import ast
 import copy
 import json
 import math
@@ -213,6 +214,19 @@ def test_imports_are_few(code, unwanted):
     listed = f"{code}; import sys; print([name for name in {unwanted} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", listed], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_files_of_the_lab_import_those_before_them_alone():
+    order = ["settings", "records", "runs", "prompts", "classifiers", "evaluation", "report",
+             "experiment", "compare", "tasks", "__init__"]
+    for i, name in enumerate(order):
+        tree = ast.parse((ROOT / f"sd_mini/lab/{name}.py").read_text(encoding="utf-8"))
+        found = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        used = {(node.module or each.name).removeprefix("sd_mini.lab.")
+                for node in found for each in node.names
+                if node.level == 1 or (node.module or "").startswith("sd_mini.lab")}
+        assert used <= {*order[:i]}, name
+    assert {path.stem for path in (ROOT / "sd_mini/lab").glob("*.py")} == {*order}
 
 
 def test_help_answers_without_torch():

@@ -5,9 +5,7 @@ import argparse
 import difflib
 import math
 import os
-import re
-import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, get_args, get_type_hints
@@ -257,69 +255,3 @@ def answer_help(Config):
     """Before torch is loaded, which takes seconds: answer --help and mistyped flags, set it up."""
     parse(Config)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
-
-
-def main(method, argv=None):
-    """The command line of a method.
-
-    Ends the process with 0; 1 where a run broke off; 2 where the input is at fault; 130 where it
-    was stopped.
-    """
-    given = parse(method.config, argv)
-    from . import tasks  # here, since it loads torch
-
-    sys.exit(tasks.run_task(method, given))
-
-
-# --- from flags to settings
-
-def resolve(method, given):
-    """Flags -> the method's config, whole.
-
-    A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
-    """
-    import torch
-
-    from . import prompts
-
-    cuda = torch.cuda.is_available()
-    model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
-    device = check_device(given.get("device") or ("cuda" if cuda else "cpu"), torch.cuda)
-    bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-    half = "bf16" if bf16 else "fp16"
-    precision = given.get("precision") or ("fp32" if device == "cpu" else half)
-    if precision == "bf16" and device != "cpu" and not bf16:
-        raise ValueError("--precision bf16: this GPU does not have it; --precision fp16 works on "
-                         "any")
-    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
-    why = "as asked" if given.get("model") else why
-    print(f"model: {model}, {why}; on {device} in {precision}")
-
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    given |= {"model": model, "device": device, "precision": precision}
-    defaults = {f.name: f.default for f in fields(method.config)}
-    own = {}
-    for concept in prompts.read_concepts(given.get("concept", defaults["concept"])):
-        own |= method.concepts.get(concept.name, {})
-    toy = {**TOY, **method.toy} if is_toy(model) else {}
-    config = method.config(**{**own, **toy, **given})
-    if unknown := set(config.eval_attacks) - method.attacks.keys():
-        raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(method.attacks)}")
-    if not config.eval_attacks:
-        config = replace(config, eval_attacks=tuple(method.attacks))
-    config.check(given)
-    return config
-
-
-def check_device(device, cuda):
-    """The device, or ValueError. `cuda` is torch.cuda."""
-    there = cuda.is_available()
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device}: choose from cpu, cuda, cuda:N")
-    if device != "cpu" and not there:
-        raise ValueError(f"--device {device}: there is no CUDA device; --device cpu works anywhere")
-    if device[5:]:
-        if int(device[5:]) >= cuda.device_count():
-            raise ValueError(f"--device {device}: there are {cuda.device_count()}, from cuda:0 on")
-        cuda.set_device(device)
-    return device

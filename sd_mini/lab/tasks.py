@@ -1,9 +1,10 @@
 """The tasks of the command line, from their flags to an exit status."""
+import re
 import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from .compare import compare
 from .evaluation import draw_rows
 from .experiment import (load_model, open_experiment, record, run, trained_parts, with_pictures,
                          with_text_encoder, write_results)
-from .prompts import Row, slug
-from .settings import resolve
+from .prompts import Row, read_concepts, slug
+from .settings import TOY, is_toy
 
 
 def erase_or_score(method, config):
@@ -97,6 +98,56 @@ def sample(method, config):
     path.parent.mkdir(parents=True, exist_ok=True)
     report.plot_grid(path, config.prompts, {"": pictures})
     print(path)
+
+
+# --- from flags to settings, and to an exit status
+
+def resolve(method, given):
+    """Flags -> the method's config, whole.
+
+    A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
+    """
+    cuda = torch.cuda.is_available()
+    model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
+    device = check_device(given.get("device") or ("cuda" if cuda else "cpu"))
+    precision = given.get("precision") or default_precision(device)
+    if precision == "bf16" and device != "cpu" and default_precision(device) != "bf16":
+        raise ValueError("--precision bf16: this GPU does not have it; --precision fp16 works on "
+                         "any")
+    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
+    why = "as asked" if given.get("model") else why
+    print(f"model: {model}, {why}; on {device} in {precision}")
+
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given |= {"model": model, "device": device, "precision": precision}
+    own = {}
+    for concept in read_concepts(given.get("concept", method.config.concept)):
+        own |= method.concepts.get(concept.name, {})
+    toy = {**TOY, **method.toy} if is_toy(model) else {}
+    config = method.config(**{**own, **toy, **given})
+    if unknown := set(config.eval_attacks) - method.attacks.keys():
+        raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(method.attacks)}")
+    config.check(given)
+    return replace(config, eval_attacks=config.eval_attacks or tuple(method.attacks))
+
+
+def check_device(device):
+    """The device, or ValueError."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: choose from cpu, cuda, cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: there is no CUDA device; --device cpu works anywhere")
+    if number := device[5:]:
+        if int(number) >= (count := torch.cuda.device_count()):
+            raise ValueError(f"--device {device}: there are {count}, from cuda:0 on")
+        torch.cuda.set_device(device)
+    return device
+
+
+def default_precision(device):
+    if device == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def run_task(method, given):
