@@ -166,6 +166,11 @@ def test_what_is_named_exists(name):
     assert all((here / path).exists() for path in links)
 
 
+def test_every_flag_is_in_a_document():
+    flags = {"--" + f.name.replace("_", "-") for f in fields(au.Config) if f.metadata}
+    assert not flags - {*re.findall(r"--[a-z][\w-]*", "".join(DOCS.values()))}
+
+
 def test_links_to_sections_lead_somewhere():
     for name, text in DOCS.items():
         for path, section in re.findall(r"\]\(([^)#:]*)#([^)]*)\)", text):

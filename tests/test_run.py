@@ -239,6 +239,8 @@ def test_help_answers_without_torch():
     assert groups == [*settings.GROUPS]
     first = done.stdout.split("\nfirst:")[1].split("\nmethod:")[0]
     assert len(re.findall(r"^  --", first, re.M)) == 12
+    each = re.split(r"^  --", " ".join(done.stdout.split("\nfirst:")[1:]), flags=re.M)[1:]
+    assert all("(default: " in " ".join(flag.split()) for flag in each)
 
 
 def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(

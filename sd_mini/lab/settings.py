@@ -45,8 +45,8 @@ class Settings:
     model: str | None = first(None, "toy, toy-dusk, a diffusers folder, a .safetensors file or a "
                               "hub id, ID@REVISION (default: CompVis/stable-diffusion-v1-4 with "
                               "CUDA, toy without)")
-    text_encoder: str | None = first(None, "a text encoder in place of the model's own: a folder, "
-                                     "or ID@REVISION:SUBFOLDER of the hub")
+    text_encoder: str | None = first(None, "a folder, or ID@REVISION:SUBFOLDER of the hub "
+                                     "(default: the model's own)")
     prompts: tuple[str, ...] = first((), "what --task sample draws")
     methods: tuple[str, ...] = first((), "rows of --task compare, by number or name (default: all)")
     out: str | None = first(None, "folder for what a run leaves (default: runs/CONCEPT or similar)")
@@ -194,8 +194,8 @@ def parse(Config, argv=None):
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config) if f.metadata}
     for flag, f in flags.items():
         kind, choices, group = hints[f.name], f.metadata["choices"], groups[f.metadata["group"]]
-        unsaid = f.default in (None, ()) or f.default is False
-        help = f.metadata["help"] + ("" if unsaid else f" (default: {shown(f.default)})")
+        help = f.metadata["help"]
+        help += "" if "(default: " in help else f" (default: {shown(f.default)})"
         if kind is bool:
             group.add_argument(flag, action="store_true", help=help)
         else:
@@ -220,7 +220,8 @@ def plain_type(hint):
 
 
 def shown(default):
-    return " ".join(default) if isinstance(default, tuple) else default
+    text = " ".join(default) if isinstance(default, tuple) else str(default)
+    return {"": "none", "None": "none", "False": "off"}.get(text, text)
 
 
 def check_value(flag, value, allowed, refuse):
