@@ -41,7 +41,7 @@ def only_rows(rows, classifier=None, original=None):
 @pytest.mark.parametrize("concept", [*CONCEPTS, "nudity"])
 def test_suites_never_name_the_concept_where_they_should_not(suite, concept):
     def read(**wanted):
-        return read_rows(PROMPTS / f"suite_{suite}.csv", **wanted)
+        return [*read_rows(PROMPTS / f"suite_{suite}.csv", **wanted)]
 
     if suite == "toy" and concept != "nudity":
         for role in ("paraphrase", "neighbour"):
@@ -66,9 +66,9 @@ def test_retain_sets():
 def test_concepts_with_a_file_without_and_several():
     church, parachute = read_concepts("church, Parachute")
     assert church.kind == "object" and parachute.name == "parachute"
-    assert len(evaluation_rows(church, au.Config())) == 50
+    assert len([*evaluation_rows(church, au.Config())]) == 50
     [retriever] = read_concepts("golden retriever")
-    rows = evaluation_rows(retriever, au.Config(eval_prompts=60))
+    rows = [*evaluation_rows(retriever, au.Config(eval_prompts=60))]
     assert rows[0].prompt == "a photo of a golden retriever" and len({r.seed for r in rows}) == 60
 
 
@@ -88,7 +88,7 @@ def test_the_method_sets_for_a_concept_what_the_flags_do_not(flags, layers, gamm
 def test_prompts_of_evaluation_are_not_those_of_training(concept, phrasings):
     """... whether they come from a file or from templates."""
     config, concepts = replace(SMALL, phrasings=phrasings, eval_prompts=50), read_concepts(concept)
-    erased, rows = training_prompts(concepts, config)[0], evaluation_rows(concepts[0], config)
+    erased, rows = training_prompts(concepts, config)[0], [*evaluation_rows(concepts[0], config)]
     assert len({*erased}) == phrasings and len(rows) == 50
     assert not {*erased} & {row.prompt for row in rows}
 

@@ -41,6 +41,10 @@ def write(tmp_path):
     return to
 
 
+def read(*arguments, **wanted):
+    return [*read_rows(*arguments, **wanted)]
+
+
 def rows_for(sd, path, concepts="church", room=5, eval_prompts=50):
     """The evaluation set's rows from a file of one's own, on the toy."""
     config = replace(SMALL, concept=concepts, eval_set=str(path), eval_prompts=eval_prompts)
@@ -49,7 +53,7 @@ def rows_for(sd, path, concepts="church", room=5, eval_prompts=50):
 
 def refused(path, message, **wanted):
     with pytest.raises(ValueError) as error:
-        read_rows(path, "church", **wanted)
+        read(path, "church", **wanted)
     assert str(error.value) == f"{path}{message}"
 
 
@@ -64,13 +68,13 @@ def refused(path, message, **wanted):
     'target_prompt,adv_prompt,sd_seed,guidance\nx,"a church, at night",123.000,9\n',
     'prompt,evaluation_seed,sd_seed,evaluation_guidance\n"a church, at night",,123,9\n'])
 def test_columns_go_by_all_their_names(write, text, capsys):
-    assert read_rows(write(text), "church") == [("a church, at night", 123, 9.0, "church")]
+    assert read(write(text), "church") == [("a church, at night", 123, 9.0, "church")]
     assert not capsys.readouterr().out
 
 
 def test_a_large_seed_that_pandas_wrote_is_exact(write):
     path = write("prompt,sd_seed\na church,4261553411.0\na church,9007199254740993.0\n")
-    assert [row.seed for row in read_rows(path, "church")] == [4261553411, 9007199254740993]
+    assert [row.seed for row in read(path, "church")] == [4261553411, 9007199254740993]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -104,12 +108,13 @@ def test_what_is_not_as_it_seems_is_refused_with_its_physical_line(write, text, 
 
 
 def test_no_seed_is_one_note(write, capsys):
-    rows = read_rows(write("prompt\na church\na chapel\n"), "church")
+    rows = read(write("prompt\na church\na chapel\n"), "church")
     assert [row.seed for row in rows] == [0, 0]
-    assert capsys.readouterr().out.count("2 of 2 prompts have no seed") == 1
-    read_rows(write("prompt,seed\na church,5\na chapel,\n"), "church")  # and where some have one
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "1 of 2 prompts have no seed (column evaluation_seed, " in out
+    assert out.count("\n") == 1 and "line 2: no seed (column evaluation_seed, " in out
+    read(write("prompt,seed\na church,5\na chapel,\n"), "church")  # and where some have one
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "line 3: no seed" in out
 
 
 def test_another_class_than_the_concept_is_one_note(write, capsys):
@@ -117,16 +122,14 @@ def test_another_class_than_the_concept_is_one_note(write, capsys):
     text = (",case_number,prompt,evaluation_seed,class\n0,0,Image of church,5,Church\n"
             "1,1,Image of gas pump,6,gas pump\n2,2,Image of churches,7,churches\n"
             "3,3,Image of chain saw,8,chain saw\n")
-    assert len(read_rows(write(text), "church")) == 4
+    assert len(read(write(text), "church")) == 4
     out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    assert "2 of 4 prompts are of another class than 'church'" in out
-    assert "line 3: 'gas pump'" in out
+    assert out.count("\n") == 1 and "line 3: of another class than 'church'" in out
     text = "prompt,seed,label_str\na garbage truck,5,garbage_truck\na boat,6,speedboat\n"
-    read_rows(write(text), "garbage truck")
+    read(write(text), "garbage truck")
     out = capsys.readouterr().out
-    assert "1 of 2 prompts are of another class" in out and "line 3: 'speedboat'" in out
-    read_rows(write("prompt,seed,class\na minster,5,church\n"), "church")
+    assert out.count("\n") == 1 and "line 3: of another class than 'garbage truck'" in out
+    read(write("prompt,seed,class\na minster,5,church\n"), "church")
     assert not capsys.readouterr().out
 
 
@@ -140,19 +143,19 @@ def test_only_rows_that_are_used_are_read(sd, write, capsys):
     with pytest.raises(ValueError, match="line 4: its prompt is blank"):
         rows_for(sd, path, eval_prompts=3)
     path = write("role,prompt,seed\nstyle,a sketch,7\nother,a church,seven\nother,,8\n")
-    assert len(read_rows(path, "church", role="style")) == 1
+    assert len(read(path, "church", role="style")) == 1
     refused(path, f", line 3: seed 'seven': {WHOLE}", role="other")
 
 
 def test_prompts_that_are_too_long_are_left_out_with_one_note(sd, write, capsys):
-    lines = [published(*each) for each in (("a church", 7), (LONG, "x"), ("a chapel", 8),
+    lines = [published(*each) for each in (("a church", 7), (LONG, 6), ("a chapel", 8),
                                            (LONG + "at night", 9), ("a church at night", 10))]
     path = write("\n".join([HUB, *lines]))
     assert [row.seed for row in rows_for(sd, path)] == [7, 8, 10]
     out = capsys.readouterr().out
     assert out.count("left out") == 1
     assert "note: --eval-set: 2 of 5 prompts are left out, since they take more than 19 tok" in out
-    assert f"(24 that the model reads, less a prefix of 5); the first, {path}, line 3 'a ch" in out
+    assert "(24 that the model reads, less a prefix of 5); the first, 'a church a" in out
     assert [row.seed for row in rows_for(sd, path, eval_prompts=2)] == [7, 8]  # the first that fit
     assert "1 of 3 prompts are left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--eval-set: every prompt takes more than 19 tokens"):
@@ -325,5 +328,6 @@ def test_one_pattern_for_several_words():
 def test_evaluation_rows_are_those_of_before():
     church, unicorn = read_concepts("church,unicorn")
     config = au.Config(eval_prompts=4)
-    assert [row.seed for row in evaluation_rows(church, config)] == [1000, 1001, 1002, 1003]
+    first = [row.seed for row in evaluation_rows(church, config)][:4]
+    assert first == [1000, 1001, 1002, 1003]
     assert [row.seed for row in evaluation_rows(unicorn, config)] == [5000, 5001, 5002, 5003]

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 from zlib import crc32
 
@@ -43,8 +44,8 @@ def load_evaluation_set(sd_o, concepts, config, room=0):
     named = one_of(words)
 
     def of_concepts(role):
-        return [row for c in concepts
-                for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
+        return [row for c in concepts for row in islice(
+            read_rows(suite, role=role, concept=c.name), config.eval_prompts)]
 
     def for_others(part):
         return [r for r in part if r.label not in names and not named.search(folded(r.prompt))]
@@ -84,17 +85,16 @@ def judge_of(concepts, config, toy):
 
 def rows_to_attack(sd_o, concepts, config, room):
     """The first `eval_prompts` rows of --eval-set, or of each concept, that fit the model."""
-    def fitting(rows, what):
-        rows, notes = that_fit(sd_o, rows, room, what, config.eval_prompts)
-        for note in notes:
-            print(note)
-        return rows
-
+    sources, rows = {f"prompts of {c.name}": evaluation_rows(c, config) for c in concepts}, []
     if config.eval_set:
         label = concepts[0].name if len(concepts) == 1 else None
-        return read_rows(config.eval_set, label, partial(fitting, what="--eval-set"))
-    return [row for c in concepts
-            for row in evaluation_rows(c, config, partial(fitting, what=f"prompts of {c.name}"))]
+        sources = {"--eval-set": read_rows(config.eval_set, label)}
+    for what, source in sources.items():
+        kept, notes = that_fit(sd_o, source, room, what, config.eval_prompts)
+        rows += kept
+        for note in notes:
+            print(note)
+    return rows
 
 
 # --- pictures

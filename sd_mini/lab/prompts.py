@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,17 +57,21 @@ def slug(name):
 
 # --- evaluation prompts
 
-def read_rows(path, label=None, pick=list, **wanted):
-    """Evaluation prompts, in the columns of UnlearnDiffAtk's files or of I2P.
+def read_rows(path, label=None, **wanted):
+    """Evaluation prompts one by one, in the columns of UnlearnDiffAtk's files or of I2P.
 
-    Of a suite only the rows whose columns are as wanted: `role="style"`. `pick` gets the rows one
-    by one and chooses; numbers are read in the rows chosen alone.
+    Of a suite only the rows whose columns are as wanted: `role="style"`. Nothing is looked at
+    behind the last row that is asked for.
     """
-    records = pick(record for record in read_csv(path)
-                   if all(record.text(column) == value for column, value in wanted.items()))
-    rows = [row_of(record, label) for record in records]
-    note_oddities(path, records, rows)
-    return rows
+    said = set()
+    for record in read_csv(path):
+        if all(record.text(column) == value for column, value in wanted.items()):
+            row = row_of(record, label)
+            for note in oddities(record, row):
+                if note not in said:
+                    print(f"note: {record.where}: {note}")
+                said.add(note)
+            yield row
 
 
 def row_of(record, label):
@@ -82,17 +85,13 @@ def row_of(record, label):
     return Row(record.prompt, seed, guidance, label)
 
 
-def note_oddities(path, records, rows):
-    """Print what may surprise and is no mistake: no seed, or another class than the label."""
-    if unseeded := sum(not record.column("seed") for record in records):
-        print(f"note: {path}: {unseeded} of {len(rows)} prompts have no seed (column "
-              f"{', '.join(COLUMNS['seed'])}); it is 0")
-    others = [(record, row) for record, row in zip(records, rows) if record.column("class")
-              and not one_of([row.label]).search(folded(record.text("class").replace("_", " ")))]
-    for record, row in others[:1]:
-        print(f"note: {path}: {len(others)} of {len(rows)} prompts are of another class than "
-              f"{row.label!r} and count all the same; the first, {record.where.split(', ')[-1]}: "
-              f"{record.text('class')!r}")
+def oddities(record, row):
+    """What may surprise and is no mistake: no seed, or another class than the label."""
+    if not record.column("seed"):
+        yield f"no seed (column {', '.join(COLUMNS['seed'])}): 0 here, and where else it has none"
+    other = record.text("class").replace("_", " ")
+    if other and not one_of([row.label]).search(folded(other)):
+        yield f"of another class than {row.label!r}: such prompts count all the same"
 
 
 # --- concepts
@@ -129,33 +128,29 @@ def concept_of(record):
 
 # --- prompts of a run
 
-def evaluation_rows(concept, config, pick=None):
-    """prompts/NAME.csv, or else the phrasings that are not erased in training (all, if all are).
-
-    `pick` chooses among them, see `read_rows`; else the first `eval_prompts` count.
-    """
-    pick = pick or (lambda rows: [*islice(rows, config.eval_prompts)])
+def evaluation_rows(concept, config):
+    """prompts/NAME.csv, or else the phrasings that are not erased in training (all, if all are)."""
     path = PROMPTS / f"{slug(concept.name)}.csv"
     if path.is_file():
-        return read_rows(path, concept.name, pick)
+        return read_rows(path, concept.name)
     phrasings = PHRASINGS[concept.kind]
     unseen = phrasings[config.phrasings :] or phrasings
-    return pick(Row(unseen[i % len(unseen)].format(concept.name), 5000 + i, 7.5, concept.name)
-                for i in range(config.eval_prompts))
+    return (Row(unseen[i % len(unseen)].format(concept.name), 5000 + i, 7.5, concept.name)
+            for i in range(config.eval_prompts))
 
 
 def that_fit(sd, rows, k, what, n=None):
     """-> (the first n rows, or all, whose prompts leave room for k more tokens; notes on others).
 
-    rows: prompts, or what has a prompt, looked at up to the n-th that fits. `what` they are, for
-    messages. ValueError where none fits.
+    rows: prompts, or Rows, looked at up to the n-th that fits. `what` they are, for messages.
+    ValueError where none fits.
     """
     kept, long, room = [], [], sd.context_length - k
     for row in rows:
         prompt = getattr(row, "prompt", row)
         length = len(sd.tokenizer(prompt, verbose=False).input_ids)  # with start and end
         if length > room:
-            long.append(f"{getattr(row, 'where', '')} {prompt[:60]!r} takes {length}".strip())
+            long.append(f"{prompt[:60]!r} takes {length}")
         else:
             kept.append(row)
         if len(kept) == n:

@@ -169,13 +169,10 @@ def save_images(folder, evaluation_set, pictures):
 def plot_losses(path, history):
     """[{"erase": loss, "attack": loss or None, ...}, ...] -> a curve each, with its running mean.
 
-    The mean is over 20 values. A dotted line shows where a loss begins that the first iteration did
-    not have.
+    The mean is over 20 values. A loss may begin after the first iteration.
     """
     curves = {name: np.array([losses[name] for losses in history], float) for name in history[0]}
     curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
-    begins = {name: np.flatnonzero(np.isfinite(values))[0] for name, values in curves.items()}
-    late = {name: int(start) for name, start in begins.items() if start}
     figure = Figure(figsize=(7, 1.85 * len(curves)), layout="constrained")
     axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, values) in zip(axes, curves.items()):
@@ -183,12 +180,9 @@ def plot_losses(path, history):
         axis.plot(at, values[at], color="0.8", linewidth=0.8)
         if len(at) > 20:
             axis.plot(at[19:], np.convolve(values[at], np.ones(20) / 20, "valid"), color="C0")
-        for start in late.values():
-            axis.axvline(start, color="0.6", linestyle=":", linewidth=1)
         axis.set_ylabel(f"{name} loss", parse_math=False)
         axis.set(xlim=(0, len(history)), ylim=(0, None))
-    dotted = f" (dotted: where the {' and the '.join(late)} begins)" if late else ""
-    axes[-1].set_xlabel(f"iteration{dotted}", parse_math=False)
+    axes[-1].set_xlabel("iteration")
     figure.savefig(path, dpi=120)
 
 
