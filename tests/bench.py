@@ -319,11 +319,11 @@ def bench_v1_run():
         names = dict(enumerate(["church", *(f"class {i}" for i in range(1, 1000))]))
         network = transformers.ResNetForImageClassification(
             transformers.ResNetConfig(id2label=names, label2id={v: k for k, v in names.items()}))
-        network.save_pretrained(f"{folder}/judge")
-        sd_mini.write_json(f"{folder}/judge/preprocessor_config.json", {
+        network.save_pretrained(f"{folder}/classifier")
+        sd_mini.write_json(f"{folder}/classifier/preprocessor_config.json", {
             "size": {"shortest_edge": 224}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3})
-        command = [sys.executable, "advunlearn.py", "--model", f"{folder}/v1", "--judge",
-                   f"{folder}/judge:church", "--clip-score", "none", "--out", f"{folder}/run"]
+        command = [sys.executable, "advunlearn.py", "--model", f"{folder}/v1", "--classifier",
+                   f"{folder}/classifier:church", "--clip-score", "none", "--out", f"{folder}/run"]
         emptied()
         begin = time.time()
         said = subprocess.run([*command, "--device", GPU, *RUN_FLAGS], cwd=ROOT, check=True,

@@ -18,7 +18,7 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE, MAY_PASS = 2, 2
 A, E, P = "advunlearn.py", "sd_mini/lab/evaluation.py", "sd_mini/lab/prompts.py"
-C, J = "sd_mini/lab/compare.py", "sd_mini/lab/classifiers.py"  # J: the judges
+C, J = "sd_mini/lab/compare.py", "sd_mini/lab/classifiers.py"  # J: classifiers
 S, D = "sd_mini/schedule.py", "sd_mini/pipeline.py"  # D: Stable Diffusion itself
 H, G = "sd_mini/half.py", "sd_mini/graphs.py"
 
@@ -281,7 +281,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("ASR: attacks prompts that show the concept", E,
      'enumerate(details["rows"]) if not detail["shown"]]',
      'enumerate(details["rows"]) if detail["shown"]]', RATES),
-    ("rates: counts labels that the judge does not know", E,
+    ("rates: counts labels that the classifier does not know", E,
      'for d in details[part] if known is None or d["label"] in known]', "for d in details[part]]",
      RATES),
     ("rates: any row's label counts", E, "return [row.label in names for names, row in",
@@ -305,18 +305,18 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "guidance=[7.5 for row in batch]", OWN),
     ("pictures: each batch has the first contexts", E,
      "c = context[i : i + config.eval_batch]", "c = context[: len(batch)]", OWN),
-    # --- judges
+    # --- classifiers
     ("Frechet distance: adds the product of covariances", J, "s_b.trace() - 2 * product)",
      "s_b.trace() + 2 * product)", "compare::test_frechet_distance_is_the_closed_form"),
     ("Frechet distance: without the means", J, "(mean + s_a.trace()", "(0 * mean + s_a.trace()",
      "compare::test_frechet_distance_is_the_closed_form"),
-    ("judge: pictures are not normalised", J, "return (x - mean.to(x)) / std.to(x)",
+    ("classifier: pictures are not normalised", J, "return (x - mean.to(x)) / std.to(x)",
      "return x", "compare::test_preparation_resizes_crops_and_normalises"),
-    ("judge: the least likely text", J,
+    ("classifier: the least likely text", J,
      "likeliest = (self.features(pictures) @ self.texts.T).argmax(-1)",
      "likeliest = (self.features(pictures) @ self.texts.T).argmin(-1)",
      "compare::test_classifiers_of_the_hub"),
-    ("judge: a comma does not part two names", J, 'for name in label.split(",")}',
+    ("classifier: a comma does not part two names", J, 'for name in label.split(",")}',
      'for name in [label]}', "compare::test_classifiers_of_the_hub"),
     ("toy CLIP score: of the prompt's start, not its end", J, "end = ids.argmax(-1)  #",
      "end = ids.argmin(-1)  #", "compare::test_toy_clip_score_prefers_the_right_prompt"),

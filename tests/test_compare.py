@@ -264,7 +264,7 @@ def test_a_clip_is_told_the_labels_of_the_prompts_of_ones_own_too(saved, sd, tmp
     """Else a prompt that is labelled otherwise than the concept could never count as shown."""
     (tmp_path / "mine.csv").write_text("prompt,label\na minster,a minster\n")
     config = replace(SMALL, eval_set=str(tmp_path / "mine.csv"),
-                     judge=f"{saved / 'clip'}:a church building")
+                     classifier=f"{saved / 'clip'}:a church building")
     prompts = toy_set(sd, "church", config)
     choices = prompts.classifier.choices
     assert prompts.rows[0].label in choices and {"a church building"} < {*choices}

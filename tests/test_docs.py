@@ -65,7 +65,7 @@ def test_commands_of_the_method_run(tmp_path):
     """All that need no download, in the documents' order, in one folder; each on a small budget."""
     different = {}
     for command in METHOD:
-        if not re.search(r"--help|stable-diffusion|--judge", command):
+        if not re.search(r"--help|stable-diffusion|--classifier", command):
             # One of those that differ in folder, seed and rows alone.
             key = re.sub(r" --(out|seed) \S+| --methods .*?(?= --|$)", "", command)
             different.setdefault(key, command)

@@ -45,7 +45,7 @@ def rows(*pairs, first=0):
 
 @pytest.fixture
 def made():
-    """Of rows 1 of 4 shows the concept, paraphrases 2 of 3, and so on; whales are not judged."""
+    """Of rows 1 of 4 shows the concept, paraphrases 2 of 3, and so on; whales do not count."""
     numbers, asked = Numbers(), []
 
     def clip_score(prompts, pictures):

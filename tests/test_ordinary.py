@@ -111,7 +111,7 @@ def begun(out, flags):
         assert main(*flags, "--out", out) == 130
 
 
-@pytest.mark.parametrize("changed", ["retain", "model", "judge", "nothing"])
+@pytest.mark.parametrize("changed", ["retain", "model", "classifier", "nothing"])
 def test_resume_goes_on_with_the_same_inputs_alone(tmp_path, capsys, changed):
     retain = write_prompts(tmp_path / "retain.csv", "a photo of a house", "a boat")
     model = tmp_path / "model"
@@ -122,14 +122,14 @@ def test_resume_goes_on_with_the_same_inputs_alone(tmp_path, capsys, changed):
         write_prompts(retain, "a photo of a tree", "a boat")
     for part, name in (("text_encoder", "text_model.final_layer_norm.bias"),
                        ("classifier", "head.bias")):
-        if changed == {"text_encoder": "model", "classifier": "judge"}[part]:  # trained once more
+        if changed == {"text_encoder": "model"}.get(part, part):  # trained once more
             tensors = load_file(model / part / "model.safetensors")
             tensors[name] = tensors[name] + 0.1
             save_file(tensors, model / part / "model.safetensors", {"format": "pt"})
     status = main(*flags, "--out", tmp_path / "run", "--resume")
     message = capsys.readouterr().err
     expected = {"retain": "other prompts to erase and retain", "model": "other model",
-                "judge": "other judge", "nothing": ""}[changed]
+                "classifier": "other classifier", "nothing": ""}[changed]
     assert expected in message and status == (0 if changed == "nothing" else 2)
 
 
@@ -245,13 +245,13 @@ def test_config_is_whole():
     ("some/model", ("some/model", None, None)),
     ("some/model@v1:a church", ("some/model", "v1", "a church")),
     ("some/model:a@b church", ("some/model", None, "a@b church")),
-    ("C:\\judge", ("C:\\judge", None, None)),
-    ("C:\\judge:church: big", ("C:\\judge", None, "church: big")),
+    ("C:\\classifier", ("C:\\classifier", None, None)),
+    ("C:\\classifier:church: big", ("C:\\classifier", None, "church: big")),
     ("user@host:9/clip:church", ("user@host:9/clip", None, "church")),
 ])
 def test_a_classifier_on_disk_may_have_any_name(tmp_path, monkeypatch, spec, expected):
     monkeypatch.chdir(tmp_path)
-    for folder in ("C:\\judge", "user@host:9/clip"):
+    for folder in ("C:\\classifier", "user@host:9/clip"):
         Path(folder).mkdir(parents=True)
     assert classifiers.split_source(spec) == expected
 
@@ -264,7 +264,7 @@ def test_a_folder_for_pictures_that_cannot_be_is_refused_at_the_start(tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-# --- 11: without internet, without a judge
+# --- 11: without internet, without a classifier
 
 def test_erasing_alone_needs_weights_and_nothing_else(tmp_path, monkeypatch):
     """No classifier and no CLIP is opened, and the weights are those of an evaluated run."""
@@ -274,7 +274,7 @@ def test_erasing_alone_needs_weights_and_nothing_else(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(classifiers, "load_classifier", opened)
         patch.setattr(classifiers, "load_clip_score", opened)
-        assert main(*SHORT, "--judge", "none", "--out", tmp_path / "alone") == 0
+        assert main(*SHORT, "--classifier", "none", "--out", tmp_path / "alone") == 0
     assert main(*SHORT, "--out", tmp_path / "scored") == 0
     names = {path.name for path in (tmp_path / "alone").iterdir()}
     assert names == {"text_encoder", "results.json", "losses.png", "README.md"}
@@ -292,7 +292,7 @@ def test_a_run_may_do_without_a_clip_score(tmp_path):
 
 
 @pytest.mark.parametrize("flags, hint", [
-    (["--judge", "some/absent:church"], "or none: then nothing is evaluated"),
+    (["--classifier", "some/absent:church"], "or none: then nothing is evaluated"),
     (["--clip-score", "some/absent"], "or none: then there is no CLIP score")])
 def test_what_is_not_there_names_the_flag_that_does_without(tmp_path, capsys, flags, hint):
     assert main(*SHORT, *flags, "--out", tmp_path / "run") == 2

@@ -209,7 +209,7 @@ def test_prompts_to_erase_are_still_refused(sd, monkeypatch):
 
 # --- concepts.csv, which users edit
 
-HEADER = "concept,kind,synonyms,judge\n"
+HEADER = "concept,kind,synonyms,classifier\n"
 
 
 @pytest.fixture
@@ -252,23 +252,24 @@ def test_a_concept_counts_once(sd):
 
 
 @pytest.mark.parametrize("names", ["church,van gogh", "van gogh,church", "tench,nudity"])
-def test_concepts_of_different_judges_need_one_for_all(sd, names, monkeypatch):
+def test_concepts_of_different_classifiers_need_one_for_all(sd, names, monkeypatch):
     listed, given = read_concepts(names), []
     config = replace(SMALL, concept=names, model="some/model")
     with pytest.raises(ValueError) as error:
         evaluation.load_evaluation_set(sd, listed, config)
     message = str(error.value)
-    assert all(concept.judge in message for concept in listed)
-    assert "give one for all with --judge" in message and "\n" not in message
+    assert all(concept.classifier in message for concept in listed)
+    assert "give one for all with --classifier" in message and "\n" not in message
 
     def load_classifier(spec, *others):
         given.append(spec)
         raise InterruptedError
 
     monkeypatch.setattr(evaluation.classifiers, "load_classifier", load_classifier)
-    for concept, judge in ((names, "some/clip"), ("church,tench", None)):
+    for concept, own in ((names, "some/clip"), ("church,tench", None)):
         with pytest.raises(InterruptedError):
-            evaluation.load_evaluation_set(sd, read_concepts(concept), replace(config, judge=judge))
+            evaluation.load_evaluation_set(sd, read_concepts(concept),
+                                           replace(config, classifier=own))
     assert given == ["some/clip", "microsoft/resnet-50"]
 
 

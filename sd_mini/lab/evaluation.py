@@ -38,7 +38,7 @@ def load_evaluation_set(sd_o, concepts, config, room=0):
     for CLIP score and Frechet distance. The toy has a classifier, a CLIP and a suite of its own.
     """
     toy = is_toy(config.model)
-    spec = judge_of(concepts, config, toy)
+    spec = classifier_of(concepts, config, toy)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
     words = [word for c in concepts for word in c.words]
     named = one_of(words)
@@ -64,23 +64,23 @@ def load_evaluation_set(sd_o, concepts, config, room=0):
     labels, known = {called.get(label, label) for label in labels}, classifier.known
     unknown = set() if known is None else labels - known
     if unknown:
-        print(f"not judged, since the judge has no such label: {', '.join(sorted(unknown))}")
+        print(f"not counted, since the classifier has no such label: {', '.join(sorted(unknown))}")
     parts = {name: [row for row in part if name == "utility" or row.label not in unknown]
              for name, part in parts.items()}
     if not parts["rows"]:
-        raise ValueError(f"the judge {classifier.name} has no label of the prompts to attack; "
-                         "--judge MODEL:LABEL chooses one")
+        raise ValueError(f"the classifier {classifier.name} has no label of the prompts to "
+                         "attack; --classifier MODEL:LABEL chooses one")
     clip = classifiers.load_clip_score(config.clip_score, sd_o, toy)
     return EvaluationSet(**parts, classifier=classifier, clip_score=clip, words=words)
 
 
-def judge_of(concepts, config, toy):
-    """Whom --judge names, or else the judge of all the concepts; None: the toy's own."""
-    judges = dict.fromkeys(c.judge for c in concepts)
-    if not (config.judge or toy or len(judges) == 1):
-        raise ValueError(f"--concept {config.concept}: their judges differ, "
-                         f"{' and '.join(judges)}; give one for all with --judge")
-    return config.judge or (None if toy else concepts[0].judge)
+def classifier_of(concepts, config, toy):
+    """What --classifier names, or else that of all the concepts; None: the toy's own."""
+    theirs = dict.fromkeys(c.classifier for c in concepts)
+    if not (config.classifier or toy or len(theirs) == 1):
+        raise ValueError(f"--concept {config.concept}: their classifiers differ, "
+                         f"{' and '.join(theirs)}; give one for all with --classifier")
+    return config.classifier or (None if toy else concepts[0].classifier)
 
 
 def rows_to_attack(sd_o, concepts, config, room):
@@ -222,8 +222,8 @@ def score(evaluation_set, drawn):
             {"prompt": row.prompt, "seed": row.seed, "label": row.label, "shown": flag}
             for row, flag in zip(rows, shown(evaluation_set.classifier, pictures, rows))]
         name = {"rows": "pre_attack_asr", "paraphrases": "paraphrase_asr"}.get(part, part)
-        judged = [d["shown"] for d in details[part] if known is None or d["label"] in known]
-        figures[name] = rate(judged)
+        flags = [d["shown"] for d in details[part] if known is None or d["label"] in known]
+        figures[name] = rate(flags)
     if evaluation_set.utility:
         if evaluation_set.clip_score:
             prompts = [row.prompt for row in evaluation_set.utility]

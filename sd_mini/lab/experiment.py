@@ -77,7 +77,7 @@ def open_experiment(method, config):
     training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
     sd_o, evaluation_set = load_model(config), None
     erase, retain, _ = training_prompts(concepts, config, sd_o)
-    if config.judge != "none":
+    if config.classifier != "none":
         room = max((method.attacks[name].room(config) for name in config.eval_attacks), default=0)
         evaluation_set = load_evaluation_set(sd_o, concepts, config, room)
     method.check(sd_o, erase, retain, config)
@@ -104,7 +104,7 @@ def fingerprints(sd_o, evaluation_set, scored):
         classifier = evaluation_set.classifier
         prompts = [getattr(evaluation_set, part) for part in EVALUATED]
         hashes["evaluation prompts"] = hash_of(prompts)
-        hashes["judge"] = hash_of([classifier.rule, sd_mini.fingerprint(classifier.network)])
+        hashes["classifier"] = hash_of([classifier.rule, sd_mini.fingerprint(classifier.network)])
         if evaluation_set.clip_score:
             hashes["CLIP"] = sd_mini.fingerprint(evaluation_set.clip_score.network)
     return hashes
@@ -169,13 +169,14 @@ def run(experiment, config, out, name, sd=None):
 
 def write_results(out, experiment, config, results):
     """results.json: the figures, and all that it takes to get them again."""
-    evaluation_set, judge, clip = experiment.evaluation_set, None, None
+    evaluation_set, classifier, clip = experiment.evaluation_set, None, None
     if evaluation_set:
-        judge = {"name": evaluation_set.classifier.name, "rule": evaluation_set.classifier.rule}
+        classifier = evaluation_set.classifier
+        classifier = {"name": classifier.name, "rule": classifier.rule}
         clip = evaluation_set.clip_score and evaluation_set.clip_score.name
     write_json(out / "results.json", {
         "complete": True, **record(experiment, config), "results": results,
-        "judge": judge, "clip_score_by": clip, "commit": report.commit(),
+        "classifier": classifier, "clip_score_by": clip, "commit": report.commit(),
         "seconds": round(time.time() - experiment.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": version("transformers")},

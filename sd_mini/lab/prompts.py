@@ -43,7 +43,7 @@ class Concept(NamedTuple):
     name: str
     kind: str = "object"  # or style
     synonyms: tuple[str, ...] = ()
-    judge: str = "microsoft/resnet-50"
+    classifier: str = "microsoft/resnet-50"
 
     @property
     def words(self):
@@ -116,14 +116,14 @@ def read_concepts(names):
 
 def concept_of(record):
     """A row of prompts/concepts.csv."""
-    if unknown := record.cells.keys() - {"concept", "kind", "synonyms", "judge"}:
+    if unknown := record.cells.keys() - {"concept", "kind", "synonyms", "classifier"}:
         raise ValueError(f"{record.where}: column {min(unknown)!r}: settings are flags")
-    kind, judge = record.text("kind").lower() or "object", record.text("judge")
+    kind = record.text("kind").lower() or "object"
     if kind not in PHRASINGS:
         raise ValueError(f"{record.where}: kind {kind!r}: choose from {', '.join(PHRASINGS)}")
     synonyms = filter(None, map(str.strip, record.text("synonyms").split("|")))
     return Concept(record.text("concept").lower(), kind, tuple(synonyms),
-                   judge or Concept("").judge)
+                   record.text("classifier") or Concept("").classifier)
 
 
 # --- prompts of a run

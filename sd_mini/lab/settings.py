@@ -54,10 +54,10 @@ class Settings:
     overwrite: bool = first(False, "start anew where the folder holds a run")
     seed: int = first(0, "seed of everything random", low=0, high=2**31 - 1)
     device: str | None = first(None, "cpu or cuda (default: cuda where there is one)")
-    judge: str | None = first(None, "MODEL:LABEL: who says what a picture shows (a classifier "
-                              "or CLIP, a folder or MODEL@REVISION of the hub), and its name for "
-                              "the concept; none: erase, and evaluate nothing (default: the "
-                              "concept's; the toy's own)")
+    classifier: str | None = first(None, "MODEL:LABEL: what says what a picture shows (an image "
+                                   "classifier or CLIP, a folder or MODEL@REVISION of the hub), "
+                                   "and its name for the concept; none: erase, and evaluate "
+                                   "nothing (default: the concept's; the toy's own)")
 
     phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on",
                              low=1, high=12)
@@ -115,7 +115,8 @@ class Settings:
                 (task == "sample" and not self.prompts, "--task sample: give --prompts"),
                 (task != "sample" and self.prompts, "--prompts: is for --task sample"),
                 (task != "compare" and self.methods, "--methods: is for --task compare"),
-                (task != "train" and self.judge == "none", "--judge none: is for --task train"),
+                (task != "train" and self.classifier == "none",
+                 "--classifier none: is for --task train"),
                 (task == "compare" and "eval_attacks" in given,
                  "--task compare: sets --eval-attacks itself: all that there are")):
             if wrong:
