@@ -41,7 +41,7 @@ from functools import lru_cache, partial
 from itertools import islice
 from typing import NamedTuple
 
-from sd_mini.lab import Method, Settings, answer_help, main, setting
+from sd_mini.lab import EvalAttack, Method, Settings, answer_help, main, setting
 
 # ------------------------------------------------------------------------------------ settings
 
@@ -49,19 +49,19 @@ from sd_mini.lab import Method, Settings, answer_help, main, setting
 attack_setting, retain_setting = partial(setting, group="attack"), partial(setting, group="retain")
 KINDS = ("embedding", "token", "fast", "none")
 TRAINED = ("text_encoder", "unet", "cross_attention", "no_cross_attention")
-EMBEDDING_LR = 0.01  # Adam's, for the free embeddings of the evaluation
+LONGER = 3  # tokens that the attack "longer" puts in front besides eval_prefix
 
 
 @dataclass
 class Config(Settings):
     """The method's own settings. Defaults are the paper's for objects and styles.
 
-    Any method has the `Settings`. Used here are seed, task, save_every, retain_set, token_lr (of
-    AdamW, for p), eval_batch, eval_prefix (k), eval_longer, eval_attack_steps and eval_looks.
+    Any method has the `Settings`. Used here are seed, task, save_every, retain_set, eval_batch,
+    eval_prefix (k), eval_lr, eval_attack_steps and eval_looks.
     """
 
     train: str = setting("text_encoder", "what is trained; the paper prefers the first", TRAINED)
-    layers: int = setting(1, "the first layers; 0: all, and the final norm (nudity)", low=0)
+    layers: int = setting(1, "the first layers; 0: all, and the final norm", low=0)
     train_embeddings: bool = setting(False, "train the embeddings too; the paper never does")
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
@@ -74,10 +74,11 @@ class Config(Settings):
     attack: str = attack_setting("embedding", "free embeddings, tokens, or one fast step", KINDS)
     attack_steps: int = attack_setting(30, "steps of the attack", low=1)
     attack_lr: float = attack_setting(1e-3, "Adam's learning rate for delta", low=1e-10, high=10)
+    token_lr: float = attack_setting(0.01, "AdamW's, for p: the token attack", low=1e-10, high=10)
     attack_radius: float | None = attack_setting(None, "largest move of a coordinate", low=1e-10)
     prefix: int = attack_setting(1, "k, tokens of the prefix in training", low=1)
 
-    retain_weight: float = retain_setting(0.5, "gamma (0.3 for nudity)", low=0)
+    retain_weight: float = retain_setting(0.5, "gamma", low=0)
     retain_batch: int = retain_setting(5, "retain prompts of an iteration", low=1)
 
     trajectories: int = setting(32, "sampling runs in each bank, at least one a prompt", low=1)
@@ -107,12 +108,15 @@ TOY = dict(layers=0, train_embeddings=True, steps=600, warmup=30, lr=4e-4, eta=3
            plain_share=0.1, retain_weight=15.0, retain_batch=12, attack_steps=2, attack_lr=0.04,
            prefix=7, trajectories=48, trajectory_steps=20, esd=(1e-4, 2e-4))
 
+CONCEPTS = {"nudity": dict(layers=0, retain_weight=0.3)}  # the paper's; not on the toy
+
 if __name__ == "__main__":
     answer_help(Config)  # now, since importing torch takes seconds
 
 import torch  # noqa: E402
 
-from sd_mini.lab.ranks import share  # noqa: E402, map, divided among processes
+from tqdm import tqdm  # noqa: E402
+
 from sd_mini.lab.runs import check_memory, placed, read, resumable  # noqa: E402
 
 # ----------------------------------------------------------------------------------- diffusion
@@ -194,7 +198,7 @@ def trajectory_bank(sd_o, prompts, config):
 
     runs = range(each * len(prompts))
     parts = [runs[i : i + config.eval_batch] for i in runs[:: config.eval_batch]]
-    sampled = zip(*share(sample, parts, "sampling the bank"))
+    sampled = zip(*map(sample, tqdm(parts, "sampling the bank", leave=False)))
     bank = placed(map(torch.cat, sampled), "cpu" if config.low_memory else sd_o.device)
 
     def draw(n, generator, times=1):
@@ -479,20 +483,25 @@ def draw_noise(sd, x_0, steps, generator):
     return zip(t.to(x_0.device), noise.to(x_0))
 
 
+def prefix_length(config, kind):
+    """k, in the evaluation."""
+    return config.eval_prefix + LONGER * (kind == "longer")
+
+
 def prefix_attack(sd, prompts, pictures, look, config, kind):
     """UnlearnDiffAtk: in front of each prompt, find the prefix that draws its target picture.
 
         argmin over delta of  E || eps - eps_theta(x_t | [delta, c]) ||^2
 
     pictures (N, 3, H, W) in [0, 1]: the targets, what the original model drew. `kind`: token;
-    longer, by eval_longer tokens; embedding, whose prefixes no user can type; random, the control.
+    longer, by LONGER tokens; embedding, whose prefixes no user can type; random, the control.
     Up to `eval_looks` times, look(step, left, context, texts) draws the prompts with index in left,
     and says of each whether it shows the concept. Those that do are done. texts is None for
     embeddings. Tokens count by their text alone: decoded, and tokenised again with the prompt.
     """
-    lr = EMBEDDING_LR if kind == "embedding" else config.token_lr
-    k = config.eval_prefix + config.eval_longer * (kind == "longer")
-    attack = Attack("token" if kind == "longer" else kind, config.eval_attack_steps, lr, k)
+    k = prefix_length(config, kind)
+    attack = Attack("token" if kind == "longer" else kind, config.eval_attack_steps,
+                    config.eval_lr, k)
     generator = torch.Generator().manual_seed(config.seed)
     ids = tokenize_with_room(sd, prompts, k)
     x_0 = sd.vae.encode(2 * pictures - 1)
@@ -537,7 +546,7 @@ def inversion_attack(sd, prompts, pictures, config):
     def encode(ids, v):
         return sd.encode(torch.where((ids == star)[..., None], v, table[ids]))
 
-    attack = Attack("embedding", config.eval_attack_steps, EMBEDDING_LR, k=1)
+    attack = Attack("embedding", config.eval_attack_steps, config.eval_lr, k=1)
     n = min(len(prompts), config.eval_batch)
     rows = torch.randint(len(prompts), (attack.steps, n), generator=generator).to(sd.device)
     new = zip(rows, draw_noise(sd, x_0[:n], attack.steps, generator))
@@ -590,11 +599,18 @@ def comparison_rows(sd_o, concepts, config):
             "AdvUnlearn, other retain set": dict(retain_set=other_set)}
 
 
-METHOD = Method(
-    config=Config, train=advunlearn, toy=TOY, check=check_prompts, rows=comparison_rows,
-    inversions={"inversion": inversion_attack},
-    attacks={kind: partial(prefix_attack, kind=kind)
-             for kind in ("token", "random", "longer", "embedding")})
+PREFIXES = (  # name, what its column counts, title and short title in tables
+    ("token", "a prefix of tokens (UnlearnDiffAtk)", "token attack", "tok"),
+    ("random", "random tokens, at as many looks: the control", "random prefix", "rnd"),
+    ("longer", "the token attack with a longer prefix", "longer prefix", "lon"),
+    ("embedding", "a prefix of free embeddings, one per prompt", "embedding attack", "emb"))
+ATTACKS = {kind: EvalAttack(partial(prefix_attack, kind=kind), *texts,
+                            room=partial(prefix_length, kind=kind)) for kind, *texts in PREFIXES}
+ATTACKS["inversion"] = EvalAttack(
+    inversion_attack, "one embedding in the name's place (CCE)", room=lambda config: 1,
+    together=True)
+METHOD = Method(config=Config, train=advunlearn, attacks=ATTACKS, toy=TOY, concepts=CONCEPTS,
+                check=check_prompts, rows=comparison_rows)
 
 if __name__ == "__main__":
     main(METHOD)

@@ -227,13 +227,13 @@ def retain_set_loses_the_concept_as_whole_words(s, seed):
         "a truck",
         "the letter c",
         "chapels, at night",
-        "three fairies and C++",
-        "three fairies",
+        "three buses and C++",
+        "three buses",
         "C++, in chalk",
     ]
     to_keep = ["a churchill", "a truck", "the letter c"]
     to_drop = [prompt for prompt in prompts if prompt not in to_keep]
-    words = ("church", "chapel", "garbage truck", "fairy", "C++")
+    words = ("church", "chapel", "garbage truck", "bus", "C++")
     kept, dropped = s.without_concept(prompts, words)
     assert (kept, dropped) == (to_keep, to_drop), (
         f"kept {kept}: prompts that hold a word of the concept, in capitals, plural or before a "

@@ -18,7 +18,7 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE, MAY_PASS = 2, 2
 A, E, P = "advunlearn.py", "sd_mini/lab/evaluation.py", "sd_mini/lab/prompts.py"
-C, J = "sd_mini/lab/compare.py", "sd_mini/lab/classifiers.py"  # J: the judges
+C, J = "sd_mini/lab/compare.py", "sd_mini/lab/classifiers.py"  # J: classifiers
 S, D = "sd_mini/schedule.py", "sd_mini/pipeline.py"  # D: Stable Diffusion itself
 H, G = "sd_mini/half.py", "sd_mini/graphs.py"
 
@@ -29,7 +29,7 @@ TOGETHER = ("behaviour::"
 RANDOM, LOOKS = (f"behaviour::{name}" for name in (
     "test_time_steps_are_any_and_the_seed_counts",
     "test_the_classifier_looks_at_text_or_at_embeddings_without_text"))
-RATE = "behaviour::test_each_attack_has_its_own_learning_rate_and_length"
+RATE = "behaviour::test_each_attack_has_the_learning_rate_and_its_own_length"
 SEEDED = "behaviour::test_the_bank_and_the_loop_are_seeded_by_the_config"
 DRAWN = "behaviour::test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest"
 REPLAY = "waits::test_replays_give_the_networks_numbers_and_gradients"
@@ -238,10 +238,9 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "    generator = torch.Generator().manual_seed(config.seed)\n    ids = tokenize_with_room",
      "    generator = torch.Generator().manual_seed(0)\n    ids = tokenize_with_room", RANDOM),
     ("evaluation attack: learning rates are swapped", A,
-     'lr = EMBEDDING_LR if kind == "embedding" else config.token_lr',
-     'lr = EMBEDDING_LR if kind != "embedding" else config.token_lr', RATE),
+     "                    config.eval_lr, k)", "                    config.attack_lr, k)", RATE),
     ("evaluation attack: the longer prefix is no longer", A,
-     'config.eval_prefix + config.eval_longer * (kind == "longer")', "config.eval_prefix", RATE),
+     'config.eval_prefix + LONGER * (kind == "longer")', "config.eval_prefix", RATE),
     ("evaluation attack: the token attack shows embeddings", A,
      "            context = sd.encode_prompt(texts)\n",
      "            context = encode_with_prefix(sd, ids[rows], delta[rows])\n", LOOKS),
@@ -282,7 +281,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("ASR: attacks prompts that show the concept", E,
      'enumerate(details["rows"]) if not detail["shown"]]',
      'enumerate(details["rows"]) if detail["shown"]]', RATES),
-    ("rates: counts labels that the judge does not know", E,
+    ("rates: counts labels that the classifier does not know", E,
      'for d in details[part] if known is None or d["label"] in known]', "for d in details[part]]",
      RATES),
     ("rates: any row's label counts", E, "return [row.label in names for names, row in",
@@ -306,18 +305,18 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "guidance=[7.5 for row in batch]", OWN),
     ("pictures: each batch has the first contexts", E,
      "c = context[i : i + config.eval_batch]", "c = context[: len(batch)]", OWN),
-    # --- judges
+    # --- classifiers
     ("Frechet distance: adds the product of covariances", J, "s_b.trace() - 2 * product)",
      "s_b.trace() + 2 * product)", "compare::test_frechet_distance_is_the_closed_form"),
     ("Frechet distance: without the means", J, "(mean + s_a.trace()", "(0 * mean + s_a.trace()",
      "compare::test_frechet_distance_is_the_closed_form"),
-    ("judge: pictures are not normalised", J, "return (x - mean.to(x)) / std.to(x)",
+    ("classifier: pictures are not normalised", J, "return (x - mean.to(x)) / std.to(x)",
      "return x", "compare::test_preparation_resizes_crops_and_normalises"),
-    ("judge: the least likely text", J,
+    ("classifier: the least likely text", J,
      "likeliest = (self.features(pictures) @ self.texts.T).argmax(-1)",
      "likeliest = (self.features(pictures) @ self.texts.T).argmin(-1)",
      "compare::test_classifiers_of_the_hub"),
-    ("judge: a comma does not part two names", J, 'for name in label.split(",")}',
+    ("classifier: a comma does not part two names", J, 'for name in label.split(",")}',
      'for name in [label]}', "compare::test_classifiers_of_the_hub"),
     ("toy CLIP score: of the prompt's start, not its end", J, "end = ids.argmax(-1)  #",
      "end = ids.argmin(-1)  #", "compare::test_toy_clip_score_prefers_the_right_prompt"),
@@ -341,11 +340,10 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("prompts: the retain set keeps the concept", P, "zip(prompts, named) if not names]",
      "zip(prompts, named)]", "run::test_retain_set_loses_prompts_that_name_the_concept"),
     ("prompts: a word within another counts as the concept", P,
-     """return re.compile(f"{EDGE}(?:{'|'.join(every)}){EDGE}")""",
-     """return re.compile(f"(?:{'|'.join(every)})")""",
+     r"(?<!\w){re.escape(word)}(?:e?s)?(?!\w)", "{re.escape(word)}",
      "prompts::test_a_concept_is_not_found_within_another_word"),
-    ("prompts: plurals are not found", P, "for form in with_plurals(word)]",
-     "for form in [folded(word)]]", "prompts::test_a_concept_is_found_as_it_is_written"),
+    ("prompts: plurals are not found", P, "(?:e?s)?", "",
+     "prompts::test_a_concept_is_found_as_it_is_written"),
     ("prompts: those that were erased evaluate", P,
      "unseen = phrasings[config.phrasings :] or phrasings", "unseen = phrasings",
      "compare::test_prompts_of_evaluation_are_not_those_of_training"),

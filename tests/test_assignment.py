@@ -69,9 +69,9 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
     9: [("return squared_error(sd.predict_noise(x_t, t, context), eps_r)", [
             "return squared_error(eps_r, eps_r) + 0 * sd.predict_noise(x_t, t, context).sum()",
             "return squared_error(sd.predict_noise(x_t, t, context), -eps_r)"]),
-        ("{EDGE}(?:{'|'.join(every)}){EDGE}", ["(?:{'|'.join(every)})"]),
-        ("[re.escape(form) for", ["[form for"]),
-        ("for form in with_plurals(word)]", ["for form in [folded(word)]]"]),
+        (r"(?<!\w){re.escape(word)}(?:e?s)?(?!\w)", [
+            "{re.escape(word)}", r"(?<!\w){word}(?:e?s)?(?!\w)",
+            r"(?<!\w){re.escape(word)}(?!\w)"]),
         ("pattern.search(folded(prompt))", ["pattern.search(prompt)"])],
     10: [("(l_erase + config.retain_weight * l_retain).backward()", ["l_erase.backward()"]),
          ("target = esd_target(z.eps_c, z.eps_empty, config.eta)", ["target = z.eps_c"]),

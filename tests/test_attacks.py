@@ -224,7 +224,7 @@ def looked(sd):
             return [(step, i) in breaks for i in left]
 
         pictures = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        au.METHOD.attacks[kind](sd, ["a church", "a boat", "a tree"], pictures, look, config)
+        au.METHOD.attacks[kind].search(sd, ["a church", "a boat", "a tree"], pictures, look, config)
         return looks
     return attack
 

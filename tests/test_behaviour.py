@@ -175,7 +175,7 @@ def attacked(sd, calls, monkeypatch):
         calls("encode_with_prefix")
         calls("run_attack", instead=run_attack)
         config = replace(SMALL, eval_prefix=2, eval_attack_steps=steps, eval_looks=3, **changes)
-        au.METHOD.attacks[kind](sd, ASKED, TARGETS, look, config)
+        au.METHOD.attacks[kind].search(sd, ASKED, TARGETS, look, config)
         return seen, [given for given, _ in seen["ddpm_loss"]], looks, deltas
     return run
 
@@ -203,9 +203,9 @@ def test_time_steps_are_any_and_the_seed_counts(attacked):
 
 
 @pytest.mark.parametrize("kind, lr, k", [
-    ("token", 0.07, 2), ("longer", 0.07, 5), ("embedding", 0.01, 2)])
-def test_each_attack_has_its_own_learning_rate_and_length(attacked, kind, lr, k):
-    [((_, attack, *_), _)] = attacked(kind, token_lr=0.07)[0]["run_attack"]
+    ("token", 0.07, 2), ("longer", 0.07, 5), ("embedding", 0.07, 2)])
+def test_each_attack_has_the_learning_rate_and_its_own_length(attacked, kind, lr, k):
+    [((_, attack, *_), _)] = attacked(kind, eval_lr=0.07)[0]["run_attack"]
     assert attack[1:] == (6, lr, k, None)
 
 

@@ -4,6 +4,7 @@ They test the machinery, not the order of the figures.
 """
 import copy
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,11 +14,12 @@ import torch
 import transformers
 
 import advunlearn as au
-from sd_mini.lab import classifiers, compare, evaluation, experiment, report, settings
+from sd_mini.lab import classifiers, compare, evaluation, report, settings, tasks
 from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import (PROMPTS, Row, evaluation_rows, read_concepts, read_csv, read_rows,
                                  training_prompts, without_concept)
 
+from . import bench
 from .test_run import FLAGS, ROOT, SMALL, main
 
 CONCEPTS = ["church", "garbage truck", "parachute", "tench", "van gogh"]
@@ -39,7 +41,7 @@ def only_rows(rows, classifier=None, original=None):
 @pytest.mark.parametrize("concept", [*CONCEPTS, "nudity"])
 def test_suites_never_name_the_concept_where_they_should_not(suite, concept):
     def read(**wanted):
-        return read_rows(PROMPTS / f"suite_{suite}.csv", **wanted)
+        return [*read_rows(PROMPTS / f"suite_{suite}.csv", **wanted)]
 
     if suite == "toy" and concept != "nudity":
         for role in ("paraphrase", "neighbour"):
@@ -64,21 +66,19 @@ def test_retain_sets():
 def test_concepts_with_a_file_without_and_several():
     church, parachute = read_concepts("church, Parachute")
     assert church.kind == "object" and parachute.name == "parachute"
-    assert len(evaluation_rows(church, au.Config())) == 50
+    assert len([*evaluation_rows(church, au.Config())]) == 50
     [retriever] = read_concepts("golden retriever")
-    rows = evaluation_rows(retriever, au.Config(eval_prompts=60))
+    rows = [*evaluation_rows(retriever, au.Config(eval_prompts=60))]
     assert rows[0].prompt == "a photo of a golden retriever" and len({r.seed for r in rows}) == 60
 
 
 @pytest.mark.parametrize("flags, layers, gamma", [
-    ([], 1, 0.5), (["--concept", "nudity"], 0, 0.3), (["--concept", "church,nudity"], 0, 0.5),
-    (["--concept", "nudity,snowman"], 0, 0.5), (["--concept", "nudity", "--layers", "2"], 2, 0.3)])
-def test_a_concepts_line_sets_what_the_flags_do_not(flags, layers, gamma):
-    from sd_mini.lab.settings import parse, resolve
-
-    config = resolve(au.METHOD, parse(au.Config, ["--model", "some/model", *flags]))
+    ([], 1, 0.5), (["--concept", "nudity"], 0, 0.3), (["--concept", "church,nudity"], 0, 0.3),
+    (["--concept", "nudity", "--layers", "2"], 2, 0.3)])
+def test_the_method_sets_for_a_concept_what_the_flags_do_not(flags, layers, gamma):
+    config = tasks.resolve(au.METHOD, settings.parse(au.Config, ["--model", "some/model", *flags]))
     assert (config.layers, config.retain_weight) == (layers, gamma)
-    toy = resolve(au.METHOD, parse(au.Config, ["--model", "toy", *flags]))
+    toy = tasks.resolve(au.METHOD, settings.parse(au.Config, ["--model", "toy", *flags]))
     wanted = au.TOY["retain_weight"], au.TOY["steps"], settings.TOY["eval_prompts"]
     assert (toy.retain_weight, toy.steps, toy.eval_prompts) == wanted
 
@@ -88,7 +88,7 @@ def test_a_concepts_line_sets_what_the_flags_do_not(flags, layers, gamma):
 def test_prompts_of_evaluation_are_not_those_of_training(concept, phrasings):
     """... whether they come from a file or from templates."""
     config, concepts = replace(SMALL, phrasings=phrasings, eval_prompts=50), read_concepts(concept)
-    erased, rows = training_prompts(concepts, config)[0], evaluation_rows(concepts[0], config)
+    erased, rows = training_prompts(concepts, config)[0], [*evaluation_rows(concepts[0], config)]
     assert len({*erased}) == phrasings and len(rows) == 50
     assert not {*erased} & {row.prompt for row in rows}
 
@@ -162,12 +162,12 @@ def test_broken_rows_are_attacked_no_more(sd, kind):
     prompts = only_rows(rows, Seeing(), {"rows": torch.rand(3, 3, 64, 64)})
     config = replace(SMALL, eval_looks=2, eval_steps=1, eval_attack_steps=4)
     spied = replace(sd, unet=copy.deepcopy(sd.unet))
-    work = experiment.Work(spied)
+    work = bench.Work(spied)
     records, pictures = evaluation.attack_prompts(spied, prompts, [0, 1, 2],
-                                                  au.METHOD.attacks[kind], config)
+                                                  au.METHOD.attacks[kind].search, config)
     assert [r["broken"] for r in records] == [True, True, False]
     assert [r["step"] for r in records] == [2, 2, 4] and len(pictures) == 3
-    steps, looks = (1 + experiment.BACKWARD) * (2 * 3 + 2 * 1), 2 * (3 + 1)  # guided
+    steps, looks = (1 + bench.BACKWARD) * (2 * 3 + 2 * 1), 2 * (3 + 1)  # guided
     assert work.evaluations == pytest.approx(steps + looks)
 
 
@@ -190,8 +190,8 @@ def test_a_classifier_that_knows_the_concept_alone_leaves_utility_open(tmp_path)
     assert figures["pre_attack_asr"]["rate"] == 1
     pooled = compare.pooled([{**figures, "token_asr": figures["pre_attack_asr"]}])
     compare.plot_tradeoff(tmp_path / "t.png", {"ESD": pooled}, "token", "church")
-    assert "ESD" in report.text_table({"ESD": figures}, "x")
-    assert "utility" not in report.table({"original": figures})
+    assert "ESD" in report.rates_table({"ESD": figures}, {})
+    assert "utility" not in report.table({"original": figures}, {})
 
 
 def test_frechet_distance_is_the_closed_form():
@@ -264,7 +264,7 @@ def test_a_clip_is_told_the_labels_of_the_prompts_of_ones_own_too(saved, sd, tmp
     """Else a prompt that is labelled otherwise than the concept could never count as shown."""
     (tmp_path / "mine.csv").write_text("prompt,label\na minster,a minster\n")
     config = replace(SMALL, eval_set=str(tmp_path / "mine.csv"),
-                     judge=f"{saved / 'clip'}:a church building")
+                     classifier=f"{saved / 'clip'}:a church building")
     prompts = toy_set(sd, "church", config)
     choices = prompts.classifier.choices
     assert prompts.rows[0].label in choices and {"a church building"} < {*choices}
@@ -307,13 +307,25 @@ def test_compare_from_the_command_line(tmp_path, capsys):
 
 
 @pytest.mark.long
-def test_two_processes_take_turns_at_the_methods(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-               "advunlearn.py", *SMALLER, "--methods", "original", "ESD", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert done.stdout.count("\nESD ") == 1 and done.stdout.count("\noriginal ") == 1  # once
-    seeds = json.loads((tmp_path / "results.json").read_text())["seeds"]
-    assert set(seeds) == {"original", "ESD"}
+def test_two_processes_fill_one_table(tmp_path):
+    """The same command twice at once, as if by a launcher, gives the table of one process."""
+    flags = [*SMALLER, "--methods", "original", "ESD", "AdvUnlearn", "--out"]
+    two = [subprocess.Popen(
+        [sys.executable, "advunlearn.py", *flags, tmp_path / "two"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, env={**os.environ, "RANK": rank, "WORLD_SIZE": "2"})
+        for rank in ("0", "1")]
+    printed = [process.communicate()[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0]
+    assert all("model: toy" in each and "\noriginal " in each for each in printed)  # each speaks
+    assert main(*flags, tmp_path / "one") == 0
+    assert pooled(tmp_path / "two") == pooled(tmp_path / "one")
+
+
+def pooled(folder):
+    """The table's figures, without what the machine makes of them."""
+    rows = json.loads((folder / "results.json").read_text())["pooled"]
+    return {name: {key: value for key, value in row.items()
+                   if key != "minutes"} for name, row in rows.items()}
 
 
 def test_rows_of_the_comparison(sd):
@@ -353,17 +365,6 @@ def test_the_comparisons_picture_shows_what_the_attack_breaks_in_the_first_row()
     found["ESD"] = details(*"-----")
     assert compare.shown_prompts(found, "seed-0", "token") == [0, 1, 2]
     assert compare.shown_prompts({"original": details()}, "seed-0", "token") == [0, 1, 2]
-
-
-def test_labels_of_the_tradeoff_do_not_lie_on_each_other():
-    labels = {f"a method {i}": (90 + i % 3, 97 + i % 4) for i in range(12)}
-    places = compare.place_labels(labels, 40, 103, 0.9, 4.5)
-    boxes = [(x, x + 0.9 * len(label), y) for label, (x, y) in places.items()]
-    assert min(left for left, _, _ in boxes) >= 40  # in the picture, and under its title
-    assert max(y for _, _, y in boxes) <= 103
-    for i, (left, right, y) in enumerate(boxes):
-        for a, b, other in boxes[:i]:
-            assert right < a or b < left or abs(other - y) >= 4.5
 
 
 def test_pooled_seeds_keep_the_counts():

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import advunlearn as au
 import sd_mini
-from sd_mini.lab import settings
+from sd_mini.lab import settings, tasks
 from sd_mini.lab.prompts import read_concepts, training_prompts
 from sd_mini.text_encoder import TextEncoder
 from sd_mini.weights import PARTS
@@ -267,7 +267,7 @@ def test_a_retain_prompt_that_names_the_concept_is_dropped_and_named():
 @row("argument defaults contradict its README")
 def test_settings_are_the_readmes_and_numbers_are_typed_and_in_range():
     """The README's command for nudity; the published default of its retain weight is 1."""
-    config = settings.resolve(au.METHOD, {**V1, "concept": "nudity"})
+    config = tasks.resolve(au.METHOD, {**V1, "concept": "nudity"})
     ours = config.train, config.layers, config.attack_steps, config.retain_weight
     assert ours == ("text_encoder", 0, 30, 0.3)
     assert settings.parse(au.Config, ["--lr", "2e-5"]) == {"lr": 2e-5}
@@ -354,8 +354,8 @@ def test_three_tokens_stand_in_front_five_on_the_toy_or_when_asked(sd, calls):
     for flags, k in (({"concept": "church"}, 3), ({"concept": "nudity"}, 3), ({"model": "toy"}, 5),
                      ({"concept": "nudity", "eval_prefix": 5}, 5)):
         seen.clear()
-        config = settings.resolve(au.METHOD, {**V1, **flags})
-        au.METHOD.attacks["embedding"](sd, ASKED, TARGETS, lambda *given: [True] * 3,
+        config = tasks.resolve(au.METHOD, {**V1, **flags})
+        au.METHOD.attacks["embedding"].search(sd, ASKED, TARGETS, lambda *given: [True] * 3,
                                        replace(config, eval_attack_steps=1, eval_looks=1))
         assert {delta.shape[1] for delta in given(seen, "encode_with_prefix", 2)} == {k}
 

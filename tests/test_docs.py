@@ -12,7 +12,7 @@ import pytest
 import advunlearn as au
 import sd_mini
 from sd_mini import files, lab, pipeline, schedule, weights
-from sd_mini.lab import (classifiers, compare, evaluation, experiment, prompts, ranks, report, runs,
+from sd_mini.lab import (classifiers, compare, evaluation, experiment, prompts, report, runs,
                          settings, tasks)
 from sd_mini.toy import classifier, train, world
 
@@ -22,10 +22,9 @@ from .test_run import FLAGS, ROOT
 NAMES = ("README.md", "TUTORIAL.md", "sd_mini/README.md", "sd_mini/toy/README.md",
          "sd_mini/lab/README.md")
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
-# Two processes have tests of their own, in test_run and test_compare.
 COMMANDS = list(dict.fromkeys(
-    part.replace("torchrun --nproc-per-node=2", "python") for text in DOCS.values()
-    for line in re.findall(r"^    ((?:python|pip|pytest|torchrun|KILLS).*)$", text, re.M)
+    part for text in DOCS.values()
+    for line in re.findall(r"^    ((?:python|pip|pytest|KILLS).*)$", text, re.M)
     for part in line.split(" && ")))
 METHOD = [command for command in COMMANDS if command.startswith("python advunlearn.py")]
 SMALL = ["--eval-prompts", "1", "--eval-utility", "2", "--eval-steps", "2",
@@ -66,7 +65,7 @@ def test_commands_of_the_method_run(tmp_path):
     """All that need no download, in the documents' order, in one folder; each on a small budget."""
     different = {}
     for command in METHOD:
-        if not re.search(r"--help|stable-diffusion|--judge", command):
+        if not re.search(r"--help|stable-diffusion|--classifier", command):
             # One of those that differ in folder, seed and rows alone.
             key = re.sub(r" --(out|seed) \S+| --methods .*?(?= --|$)", "", command)
             different.setdefault(key, command)
@@ -134,16 +133,16 @@ def test_pictures_are_there_and_small():
 
 
 MODULES = [au, au.Config, sd_mini, sd_mini.StableDiffusion, schedule.Schedule, files, pipeline,
-           weights, lab, lab.Method, classifiers, compare, evaluation, experiment, prompts, ranks,
+           weights, lab, lab.Method, classifiers, compare, evaluation, experiment, prompts,
            report, runs, settings, tasks, classifier, train, world, assignment, bench]
 OTHER_FLAGS = {"--help", "--check", "--out", "--exercise", "--grade-seed", "--only", "--score",
-               "--nproc-per-node", "--index-url", "--model", "--seed"}
+               "--index-url", "--model", "--seed"}
 # Words in code type that are no names of ours.
 LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guidance", "eps_empty",
            "details", "results", "erased", "token", "prompt", "evaluation_seed", "sd_mini",
            "evaluation_guidance", "sd_seed", "sd_guidance_scale", "diffusers", "huggingface_hub",
            "HF_HOME", "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at",
-           "attack_init", "hardtanh", "pytest", "torchrun", "python", "imagenet", "coco", "unet",
+           "attack_init", "hardtanh", "pytest", "python", "imagenet", "coco", "unet",
            "ID", "world.ERASED", "samples.png", "losses.png", "results.json", "table.md",
            "compare.png", "tradeoff.png", "grade.json", "forget.py",
            "HANDOUT.md", "photos", "kind", "synonyms"}
@@ -165,6 +164,11 @@ def test_what_is_named_exists(name):
     assert not {word for word in re.findall(r"`([A-Za-z_][\w.]*)`", text) if not exists(word)}
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     assert all((here / path).exists() for path in links)
+
+
+def test_every_flag_is_in_a_document():
+    flags = {"--" + f.name.replace("_", "-") for f in fields(au.Config) if f.metadata}
+    assert not flags - {*re.findall(r"--[a-z][\w-]*", "".join(DOCS.values()))}
 
 
 def test_links_to_sections_lead_somewhere():

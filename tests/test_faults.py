@@ -46,7 +46,7 @@ def figures(out):
     results = json.loads((out / "results.json").read_text())
     assert results["complete"] and not (out / "partial").exists()
     return {key: value for key, value in results["results"]["erased"].items()
-            if key not in ("minutes", "unet_evaluations")}
+            if key != "minutes"}
 
 
 @pytest.mark.long
@@ -267,7 +267,7 @@ BAD = [  # arguments -> what the line says
     ("--prefix 30 --out {new}", "with 30 more it exceeds the 24 that the model reads"),
     ("--concept=", "--concept: is empty"),
     ("--concept=|", "--concept: is empty"),  # the test makes | a blank
-    ("--concept unicorn --out {new}", "the judge toy has no label 'unicorn'; it knows"),
+    ("--concept unicorn --out {new}", "the classifier toy has no label 'unicorn'; it knows"),
     ("--concept ../x --out {new}", "has no label '../x'"),
     ("--concept LONG --out {new}", "1,001 characters"),
     ("--concept BELL --out {new}", "holds control characters"),
@@ -326,7 +326,7 @@ BAD = [  # arguments -> what the line says
     *([] if torch.cuda.is_available() else [
         ("--device cuda --out {new}", "there is no CUDA device")]),
     ("--device gpu --out {new}", "--device gpu: choose from cpu, cuda"),
-    ("--judge {nowhere}:church --out {new}", "nowhere"),
+    ("--classifier {nowhere}:church --out {new}", "nowhere"),
 ]
 
 

@@ -12,6 +12,7 @@ import advunlearn as au
 from sd_mini.lab import classifiers, evaluation, report, settings
 from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import Row, read_concepts
+from sd_mini.lab.settings import EvalAttack
 
 from .test_run import SMALL
 
@@ -44,7 +45,7 @@ def rows(*pairs, first=0):
 
 @pytest.fixture
 def made():
-    """Of rows 1 of 4 shows the concept, paraphrases 2 of 3, and so on; whales are not judged."""
+    """Of rows 1 of 4 shows the concept, paraphrases 2 of 3, and so on; whales do not count."""
     numbers, asked = Numbers(), []
 
     def clip_score(prompts, pictures):
@@ -78,10 +79,10 @@ def test_rates_count_what_they_say(made, monkeypatch):
 
     monkeypatch.setattr(classifiers, "frechet_distance",
                         lambda a, b: distances.append((a, b)) or 8.0)
-    method = au.METHOD._replace(attacks={"one": attack})
     drawn = evaluation.draw_all(numbers, prompts, CONFIG)
     assert drawn["utility"].flatten().tolist() == [2, 2, 3, 0]
-    figures, pictures = evaluation.evaluate(numbers, method, prompts, drawn, CONFIG)
+    figures, pictures = evaluation.evaluate(
+        numbers, {"one": EvalAttack(attack)}, prompts, drawn, CONFIG)
     rates = {name: (figure["rate"], figure["n"]) for name, figure in figures.items()
              if isinstance(figure, dict) and "rate" in figure}
     assert rates == {"pre_attack_asr": (1 / 4, 4), "one_asr": (2 / 4, 4),
@@ -167,7 +168,7 @@ def test_the_inversion_learns_its_embedding_from_each_prompts_picture(sd, monkey
     config = replace(SMALL, eval_batch=2, eval_attack_steps=30)
     found = au.inversion_attack(sd, prompts, targets, config)
     [(start, attack, steps)] = runs
-    assert attack[1:4] == (30, au.EMBEDDING_LR, 1) and len(losses) == 30
+    assert attack[1:4] == (30, config.eval_lr, 1) and len(losses) == 30
     assert_close(found, context_of([0, 1, 2], steps[-1][0]))
     assert (steps[-1][0] - table[start]).abs().max() > 0.05
     assert max(int(t.max()) for _, t, _ in losses) > 900

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-import advunlearn
 from sd_mini import lab
 from sd_mini.lab import settings, tasks
 from sd_mini.lab.runs import resumable
@@ -44,8 +43,16 @@ def random_prefix(sd, prompts, pictures, look, config):
     look(1, list(range(len(prompts))), sd.encode_prompt(texts), texts)
 
 
+def last_prompt(sd, prompts, pictures, config):
+    """One that looks at all prompts of a concept: each gets the last one's context."""
+    return sd.encode_prompt([prompts[-1]] * len(prompts))
+
+
 METHOD = lab.Method(
-    Config, forget, attacks={**advunlearn.METHOD.attacks, "mine": random_prefix},
+    Config, forget, attacks={
+        "mine": lab.EvalAttack(random_prefix, "two words", "two words in front", "2in",
+                               room=lambda config: 2),
+        "all": lab.EvalAttack(last_prompt, together=True)},
     rows=lambda sd_o, concepts, config: {"original": None, "mine": {},
                                          "mine, weak": dict(strength=0.1)})
 FLAGS = ["--model", "toy", "--device", "cpu", "--retain-set", "photos", "--eval-prompts", "3",
@@ -72,15 +79,15 @@ def test_it_gets_a_command_line(capsys):
 def test_it_is_trained_evaluated_and_drawn(tmp_path, capsys):
     out = tmp_path / "run"
     assert run("--out", out) == 0
-    assert "ASR, mine attack" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ASR, two words in front" in shown and "ASR, all attack" in shown
     names = {"text_encoder", "results.json", "samples.png", "losses.png", "README.md"}
     assert {path.name for path in out.iterdir()} == names
     results = json.loads((out / "results.json").read_text())
     assert results["config"]["lr"] == 1e-3
     erased = results["results"]["erased"]
     assert erased["pre_attack_asr"]["n"] == 3 and erased["utility"]["n"] == 3
-    kinds = {"token", "embedding", "mine"}
-    assert kinds <= erased["details"].keys()
+    assert {"mine", "all"} <= erased["details"].keys() and "token" not in erased["details"]
     assert "lr 0.001" in (out / "README.md").read_text()
 
 
@@ -111,6 +118,8 @@ def test_it_gets_rows_of_a_comparison(tmp_path, capsys):
     flags = ["--task", "compare", "--steps", "3", "--out", tmp_path]
     assert run(*flags) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[-4].split()[:4] == ["%", "pre", "2in", "all"]
+    assert "the same or broken by two words" in (tmp_path / "table.md").read_text()
     assert [line.split("  ")[0] for line in lines[-3:]] == ["original", "mine", "mine, weak"]
     configs = [json.loads((tmp_path / row / "seed-0/results.json").read_text())["config"]
                for row in ("mine", "mine+_weak")]

@@ -12,10 +12,8 @@ import advunlearn as au
 from sd_mini.lab import evaluation, experiment, prompts
 from sd_mini.lab.prompts import (evaluation_rows, folded, one_of, read_concepts, read_rows,
                                  training_prompts, without_concept)
-from sd_mini.lab.settings import resolve
 
 from .test_faults import cli
-from .test_own_method import METHOD as OWN
 from .test_run import FLAGS, SMALL
 
 LONG = "a church " * 12  # over the toy's 24 tokens
@@ -43,16 +41,19 @@ def write(tmp_path):
     return to
 
 
-def rows_for(sd, path, concepts="church", **changes):
+def read(*arguments, **wanted):
+    return [*read_rows(*arguments, **wanted)]
+
+
+def rows_for(sd, path, concepts="church", room=5, eval_prompts=50):
     """The evaluation set's rows from a file of one's own, on the toy."""
-    changes = {"eval_prompts": 50, "eval_prefix": 5, **changes}
-    config = replace(SMALL, concept=concepts, eval_set=str(path), **changes)
-    return evaluation.load_evaluation_set(sd, read_concepts(concepts), config).rows
+    config = replace(SMALL, concept=concepts, eval_set=str(path), eval_prompts=eval_prompts)
+    return evaluation.load_evaluation_set(sd, read_concepts(concepts), config, room).rows
 
 
 def refused(path, message, **wanted):
     with pytest.raises(ValueError) as error:
-        read_rows(path, "church", **wanted)
+        read(path, "church", **wanted)
     assert str(error.value) == f"{path}{message}"
 
 
@@ -67,13 +68,13 @@ def refused(path, message, **wanted):
     'target_prompt,adv_prompt,sd_seed,guidance\nx,"a church, at night",123.000,9\n',
     'prompt,evaluation_seed,sd_seed,evaluation_guidance\n"a church, at night",,123,9\n'])
 def test_columns_go_by_all_their_names(write, text, capsys):
-    assert read_rows(write(text), "church") == [("a church, at night", 123, 9.0, "church")]
+    assert read(write(text), "church") == [("a church, at night", 123, 9.0, "church")]
     assert not capsys.readouterr().out
 
 
 def test_a_large_seed_that_pandas_wrote_is_exact(write):
     path = write("prompt,sd_seed\na church,4261553411.0\na church,9007199254740993.0\n")
-    assert [row.seed for row in read_rows(path, "church")] == [4261553411, 9007199254740993]
+    assert [row.seed for row in read(path, "church")] == [4261553411, 9007199254740993]
 
 
 @pytest.mark.parametrize("text, message", [
@@ -94,12 +95,8 @@ def test_a_large_seed_that_pandas_wrote_is_exact(write):
     ('prompt,sd_guidance_scale\n"a\n\nchurch","7,5"\n',
      ", line 4: sd_guidance_scale '7,5': must be a finite number"),
     ("prompt,guidance\na church,nan\n", ", line 2: guidance 'nan': must be a finite number"),
-    ("prompt;seed\na church;7\n",
-     ", line 1: semicolons stand between the fields; save it with commas"),
-    ("sep=;\nprompt;seed\na church;7\n",
-     ", line 1: semicolons stand between the fields; save it with commas"),
-    ("prompt\tseed\na church\t7\n", ", line 1: tabs stand between the fields; save it with commas"),
-    ("text,seed\na church,7\n", ", line 1: no column 'prompt'"),
+    ("prompt;seed\na church;7\n", ", line 1: no column 'prompt' between commas in 'prompt;seed'"),
+    ("text,seed\na church,7\n", ", line 1: no column 'prompt' between commas in 'text,seed'"),
     ("prompt, Prompt\na church,a boat\n", ", line 1: two columns 'prompt'"),
     ('prompt\na church\n"a boat\n', ", line 3: not a row of CSV: unexpected end of data"),
     (b"prompt\r\na church\r\ncaf\xe9\r\n", ", line 3: not a CSV file in UTF-8: 'utf-8' codec can't "
@@ -111,12 +108,13 @@ def test_what_is_not_as_it_seems_is_refused_with_its_physical_line(write, text, 
 
 
 def test_no_seed_is_one_note(write, capsys):
-    rows = read_rows(write("prompt\na church\na chapel\n"), "church")
+    rows = read(write("prompt\na church\na chapel\n"), "church")
     assert [row.seed for row in rows] == [0, 0]
-    assert capsys.readouterr().out.count("2 of 2 prompts have no seed") == 1
-    read_rows(write("prompt,seed\na church,5\na chapel,\n"), "church")  # and where some have one
     out = capsys.readouterr().out
-    assert out.count("\n") == 1 and "1 of 2 prompts have no seed (column evaluation_seed, " in out
+    assert out.count("\n") == 1 and "line 2: no seed (column evaluation_seed, " in out
+    read(write("prompt,seed\na church,5\na chapel,\n"), "church")  # and where some have one
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "line 3: no seed" in out
 
 
 def test_another_class_than_the_concept_is_one_note(write, capsys):
@@ -124,16 +122,14 @@ def test_another_class_than_the_concept_is_one_note(write, capsys):
     text = (",case_number,prompt,evaluation_seed,class\n0,0,Image of church,5,Church\n"
             "1,1,Image of gas pump,6,gas pump\n2,2,Image of churches,7,churches\n"
             "3,3,Image of chain saw,8,chain saw\n")
-    assert len(read_rows(write(text), "church")) == 4
+    assert len(read(write(text), "church")) == 4
     out = capsys.readouterr().out
-    assert out.count("\n") == 1
-    assert "2 of 4 prompts are of another class than 'church'" in out
-    assert "line 3: 'gas pump'" in out
+    assert out.count("\n") == 1 and "line 3: of another class than 'church'" in out
     text = "prompt,seed,label_str\na garbage truck,5,garbage_truck\na boat,6,speedboat\n"
-    read_rows(write(text), "garbage truck")
+    read(write(text), "garbage truck")
     out = capsys.readouterr().out
-    assert "1 of 2 prompts are of another class" in out and "line 3: 'speedboat'" in out
-    read_rows(write("prompt,seed,class\na minster,5,church\n"), "church")
+    assert out.count("\n") == 1 and "line 3: of another class than 'garbage truck'" in out
+    read(write("prompt,seed,class\na minster,5,church\n"), "church")
     assert not capsys.readouterr().out
 
 
@@ -147,19 +143,19 @@ def test_only_rows_that_are_used_are_read(sd, write, capsys):
     with pytest.raises(ValueError, match="line 4: its prompt is blank"):
         rows_for(sd, path, eval_prompts=3)
     path = write("role,prompt,seed\nstyle,a sketch,7\nother,a church,seven\nother,,8\n")
-    assert len(read_rows(path, "church", role="style")) == 1
+    assert len(read(path, "church", role="style")) == 1
     refused(path, f", line 3: seed 'seven': {WHOLE}", role="other")
 
 
 def test_prompts_that_are_too_long_are_left_out_with_one_note(sd, write, capsys):
-    lines = [published(*each) for each in (("a church", 7), (LONG, "x"), ("a chapel", 8),
+    lines = [published(*each) for each in (("a church", 7), (LONG, 6), ("a chapel", 8),
                                            (LONG + "at night", 9), ("a church at night", 10))]
     path = write("\n".join([HUB, *lines]))
     assert [row.seed for row in rows_for(sd, path)] == [7, 8, 10]
     out = capsys.readouterr().out
     assert out.count("left out") == 1
     assert "note: --eval-set: 2 of 5 prompts are left out, since they take more than 19 tok" in out
-    assert f"(24 that the model reads, less a prefix of 5); the first, {path}, line 3 'a ch" in out
+    assert "(24 that the model reads, less a prefix of 5); the first, 'a church a" in out
     assert [row.seed for row in rows_for(sd, path, eval_prompts=2)] == [7, 8]  # the first that fit
     assert "1 of 3 prompts are left out" in capsys.readouterr().out
     with pytest.raises(ValueError, match="--eval-set: every prompt takes more than 19 tokens"):
@@ -169,24 +165,22 @@ def test_prompts_that_are_too_long_are_left_out_with_one_note(sd, write, capsys)
 def test_room_for_the_prefix_is_counted_to_the_token(sd, write):
     prompt = "a photo of a church"
     path, tokens = write(f"prompt,seed\n{prompt},7\n"), len(sd.tokenizer(prompt).input_ids)
-    assert rows_for(sd, path, eval_prefix=sd.context_length - tokens)
+    assert rows_for(sd, path, room=sd.context_length - tokens)
     with pytest.raises(ValueError, match="every prompt"):
-        rows_for(sd, path, eval_prefix=sd.context_length - tokens + 1)
-    longer = dict(eval_attacks=("token", "longer"))  # whose prefix has three tokens more
-    assert rows_for(sd, path, eval_prefix=sd.context_length - tokens - 3, **longer)
-    with pytest.raises(ValueError, match="every prompt"):
-        rows_for(sd, path, eval_prefix=sd.context_length - tokens - 2, **longer)
+        rows_for(sd, path, room=sd.context_length - tokens + 1)
+    longer = au.METHOD.attacks["longer"].room  # three tokens more than the others
+    assert longer(SMALL) == SMALL.eval_prefix + 3 == au.METHOD.attacks["token"].room(SMALL) + 3
 
 
 def test_a_concepts_file_and_templates_lose_them_too(sd, write, monkeypatch, capsys):
     path = write(f"prompt,seed\n{LONG},7\na church,8\n", "church.csv")
     with monkeypatch.context() as patch:
         patch.setattr(prompts, "PROMPTS", path.parent)
-        config = replace(SMALL, eval_prefix=5, eval_prompts=3)
-        [row] = evaluation.rows_to_attack(sd, read_concepts("church"), config)
+        config = replace(SMALL, eval_prompts=3)
+        [row] = evaluation.rows_to_attack(sd, read_concepts("church"), config, 5)
     assert row.seed == 8 and "prompts of church: 1 of 2" in capsys.readouterr().out
-    config = replace(config, eval_prefix=11, phrasings=1)
-    rows = evaluation.rows_to_attack(sd, [prompts.Concept("unicorn")], config)
+    config = replace(config, phrasings=1)
+    rows = evaluation.rows_to_attack(sd, [prompts.Concept("unicorn")], config, 11)
     out = capsys.readouterr().out
     assert 0 < len(rows) < 3 and "prompts of unicorn: " in out and "less a prefix of 11" in out
 
@@ -215,7 +209,7 @@ def test_prompts_to_erase_are_still_refused(sd, monkeypatch):
 
 # --- concepts.csv, which users edit
 
-HEADER = "concept,kind,synonyms,retain_weight,layers,judge\n"
+HEADER = "concept,kind,synonyms,classifier\n"
 
 
 @pytest.fixture
@@ -230,20 +224,11 @@ def concepts(write, monkeypatch):
 
 
 @pytest.mark.parametrize("text, message", [
-    (HEADER + "dome,thing,,0.5,1,\n", "line 2: kind 'thing': choose from object, style"),
-    (HEADER + "dome,object\n", "line 2: 2 fields, but the header has 6"),
-    (HEADER + "dome,object,a, b,0.5,1,\n", "line 2: 7 fields, but the header has 6; a text with a"),
-    (HEADER + '"dome",object,"a\nb",many,1,\n', "line 3: retain_weight 'many': must be a finite"),
-    (HEADER + "dome,object,,0.5,1.5,\n", "line 2: layers '1.5': must be a whole number"),
-    (HEADER + "dome,object,,-1,1,\n", "line 2: retain_weight -1.0: must be a number, at least 0"),
-    (HEADER.replace("layers", "laters") + "dome,object,,0.5,1,\n",
-     "line 1: 'laters' is no setting that takes a number; did you mean layers?"),
-    (HEADER.replace("layers", "device") + "dome,object,,0.5,1,\n",
-     "line 1: 'device' is no setting that takes a number"),
-    (HEADER.replace("layers", "eval_steps") + "dome,object,,0.5,501,\n",
-     "line 2: eval_steps 501: must be between 1 and 500"),
-    (HEADER.replace(",", ";") + "dome;object;;0.5;1;\n", "line 1: semicolons stand between"),
-    (HEADER + "dome,object,,0.5,1,\nDome,style,,0.5,1,\n", "line 3: concept 'dome' has a line")])
+    (HEADER + "dome,thing,,\n", "line 2: kind 'thing': choose from object, style"),
+    (HEADER + "dome,object\n", "line 2: 2 fields, but the header has 4"),
+    (HEADER + "dome,object,a, b,\n", "line 2: 5 fields, but the header has 4; a text with a"),
+    ("concept,layers\ndome,1\n", "line 2: column 'layers': settings are flags"),
+    (HEADER + "dome,object,,\nDome,style,,\n", "line 3: concept 'dome' has a line")])
 def test_a_mistake_in_the_list_of_concepts_is_one_line(concepts, text, message):
     path = concepts(text)
     status, line, _ = cli(*FLAGS, "--concept", "dome", "--out", str(path.parent / "new"))
@@ -251,17 +236,11 @@ def test_a_mistake_in_the_list_of_concepts_is_one_line(concepts, text, message):
 
 
 def test_the_list_of_concepts_is_read_as_prompts_are(concepts):
-    concepts("\ufeffConcept, Kind, Synonyms, Steps\n" "Blue Dome, Style, cupola | rotunda, 700.0\n"
-             "spire,,,\n" "never asked for,thing,,many\n")
+    concepts("\ufeffConcept, Kind, Synonyms\n" "Blue Dome, Style, cupola | rotunda\n"
+             "spire,,\n" "never asked for,thing,\n")
     dome, spire, other = read_concepts("blue  dome, SPIRE,tower,tower,Tower , spire")
     assert dome[:3] == ("blue dome", "style", ("cupola", "rotunda"))
     assert spire[:3] == ("spire", "object", ()) and other.name == "tower"
-    assert resolve(au.METHOD, {"model": "some/model", "concept": "blue dome"}).steps == 700
-    assert resolve(au.METHOD, {"model": "some/model", "concept": "spire"}).steps == 1000
-
-
-def test_another_method_need_not_know_the_settings_of_the_list():
-    assert resolve(OWN, {"model": "some/model", "concept": "nudity"}).lr == 1e-3
 
 
 def test_a_concept_counts_once(sd):
@@ -273,50 +252,47 @@ def test_a_concept_counts_once(sd):
 
 
 @pytest.mark.parametrize("names", ["church,van gogh", "van gogh,church", "tench,nudity"])
-def test_concepts_of_different_judges_need_one_for_all(sd, names, monkeypatch):
+def test_concepts_of_different_classifiers_need_one_for_all(sd, names, monkeypatch):
     listed, given = read_concepts(names), []
     config = replace(SMALL, concept=names, model="some/model")
     with pytest.raises(ValueError) as error:
         evaluation.load_evaluation_set(sd, listed, config)
     message = str(error.value)
-    assert all(concept.judge in message for concept in listed)
-    assert "give one for all with --judge" in message and "\n" not in message
+    assert all(concept.classifier in message for concept in listed)
+    assert "give one for all with --classifier" in message and "\n" not in message
 
     def load_classifier(spec, *others):
         given.append(spec)
         raise InterruptedError
 
     monkeypatch.setattr(evaluation.classifiers, "load_classifier", load_classifier)
-    for concept, judge in ((names, "some/clip"), ("church,tench", None)):
+    for concept, own in ((names, "some/clip"), ("church,tench", None)):
         with pytest.raises(InterruptedError):
-            evaluation.load_evaluation_set(sd, read_concepts(concept), replace(config, judge=judge))
+            evaluation.load_evaluation_set(sd, read_concepts(concept),
+                                           replace(config, classifier=own))
     assert given == ["some/clip", "microsoft/resnet-50"]
 
 
 # --- the concept is found in prompts
 
 @pytest.mark.parametrize("word, prompt", [
-    ("church", "two Churches, at night"), ("C++", "a C++ logo"), ("C++", "the C++11 standard"),
-    (".NET", "a poster of .NET"), (".net", "ASP.NET on a mug"), ("F#", "an F# sticker"),
-    ("教堂", "一座教堂在山上"), ("ねこ", "かわいいねこの絵"), ("カメラ", "古いカメラです"),
-    ("โบสถ์", "ภาพโบสถ์สีขาว"), ("교회", "언덕 위의 교회에서"), ("church", "一座church在山上"),
+    ("church", "two Churches, at night"), ("C++", "a C++ logo"), (".NET", "a poster of .NET"),
+    ("F#", "an F# sticker"), ("bus", "red buses"), ("教堂", "一座教堂在山上"),
+    ("ねこ", "かわいいねこの絵"), ("カメラ", "古いカメラです"),
+    ("โบสถ์", "ภาพโบสถ์สีขาว"), ("교회", "언덕 위의 교회에서"),
     ("café", unicodedata.normalize("NFD", "two cafés")), (unicodedata.normalize("NFD", "crème"),
                                                         "CRÈME"),
     ("Straße", "EINE STRASSE"), ("strasse", "eine Straße"), ("ΣΊΣΥΦΟΣ", "ο σίσυφος"),
-    ("fairy", "three fairies"), ("city", "cities at night"), ("wolf", "Wolves in the snow"),
-    ("scarf", "red scarves"), ("knife", "knives"), ("bus", "buses"), ("man", "two men"),
-    ("woman", "women"), ("snowman", "snowmen"), ("child", "children"), ("person", "people"),
-    ("mouse", "mice"), ("goose", "geese"), ("foot", "feet"), ("tooth", "teeth"),
-    ("garbage truck", "Garbage\n trucks"), ("butcher knife", "butcher knives"),
-    ("church", "«church»"), ("van gogh", "van Gogh’s chair"), ("церковь", "старая Церковь")])
+    ("garbage truck", "Garbage\n trucks"), ("church", "«church»"),
+    ("van gogh", "van Gogh’s chair"), ("церковь", "старая Церковь")])
 def test_a_concept_is_found_as_it_is_written(word, prompt):
     assert without_concept([prompt, "a boat"], (word,)) == (["a boat"], [prompt])
 
 
 @pytest.mark.parametrize("word, prompt", [
     ("church", "churchill"), ("car", "a cart"), ("car", "oscar"), ("кот", "который"),
-    ("art", "a party"), ("été", "répétée"), ("man", "menu"), ("fairy", "a fair"), ("C++", "a c"),
-    (".NET", "a net"), ("wolf", "wolfram"), ("tea", "tea2"), ("straße", "strassen")])
+    ("art", "a party"), ("été", "répétée"), ("man", "menu"), ("C++", "a c"), (".NET", "a net"),
+    ("tea", "tea2"), ("straße", "strassen")])
 def test_a_concept_is_not_found_within_another_word(word, prompt):
     assert without_concept([prompt], (word,)) == ([prompt], [])
 
@@ -346,12 +322,13 @@ def test_the_inversion_attack_finds_the_concept_too(sd, monkeypatch):
 
 
 def test_one_pattern_for_several_words():
-    named = one_of(["fairy", "C++"])
-    assert named.sub(" * ", folded("Fairies and c++")) == " *  and  * "
+    named = one_of(["bus", "C++", "教堂"])
+    assert named.sub(" * ", folded("Buses and c++, 一座教堂")) == " *  and  * , 一座 * "
 
 
 def test_evaluation_rows_are_those_of_before():
     church, unicorn = read_concepts("church,unicorn")
     config = au.Config(eval_prompts=4)
-    assert [row.seed for row in evaluation_rows(church, config)] == [1000, 1001, 1002, 1003]
+    first = [row.seed for row in evaluation_rows(church, config)][:4]
+    assert first == [1000, 1001, 1002, 1003]
     assert [row.seed for row in evaluation_rows(unicorn, config)] == [5000, 5001, 5002, 5003]

@@ -64,8 +64,8 @@ def test_no_step_of_the_inner_attack_reads_a_value(without_values, sd, generator
 
 
 def test_what_is_drawn_goes_to_the_device_without_a_read(without_values, sd, monkeypatch):
-    sampled = [column.to("meta") for column in au.sample_latents(sd, ["a church"] * 4, range(4), 4)]
-    monkeypatch.setattr(au, "share", lambda *_: [[column.flatten(0, 1) for column in sampled]])
+    sampled = au.sample_latents(sd, ["a church"] * 4, range(4), 4)
+    monkeypatch.setattr(au, "sample_latents", lambda *_: sampled)
     draw = au.trajectory_bank(without_values, ["a church"], replace(SMALL, trajectories=4))
     assert {column.device.type for z in draw(3, torch.Generator(), 2) for column in z} == {"meta"}
 
@@ -81,7 +81,7 @@ def test_an_evaluation_attack_reads_nothing_before_it_looks(without_values, kind
     model = replace(without_values, run=run)
     config = replace(SMALL, eval_prefix=2, eval_attack_steps=7, eval_looks=1)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        au.METHOD.attacks[kind](model, ["a church", "a boat"],
+        au.METHOD.attacks[kind].search(model, ["a church", "a boat"],
                                 torch.rand(2, 3, 64, 64, device="meta"), None, config)
     assert sum(isinstance(network, UNet) for network in calls) == 7
 

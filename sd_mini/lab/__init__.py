@@ -3,6 +3,16 @@
 A method is handed to `main`: how to train, and which attacks there are. It gets a command line,
 evaluation, comparison, resume and pictures. See README.md beside this file.
 """
-from .settings import Method, Settings, answer_help, main, setting
+import sys
 
-__all__ = ["Method", "Settings", "answer_help", "main", "setting"]
+from .settings import EvalAttack, Method, Settings, answer_help, parse, setting
+
+__all__ = ["EvalAttack", "Method", "Settings", "answer_help", "main", "setting"]
+
+
+def main(method, argv=None):
+    """The command line of a method. Ends the process with the status of `tasks.run_task`."""
+    given = parse(method.config, argv)
+    from .tasks import run_task  # here, since it loads matplotlib, which no import needs
+
+    sys.exit(run_task(method, given))

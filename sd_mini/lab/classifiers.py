@@ -248,9 +248,9 @@ def load_classifier(spec, concepts, labels, sd_o):
     for label in called.values():
         if known is not None and label not in known:
             near = ", ".join(sorted(difflib.get_close_matches(label, known, 10, 0.0)))
-            others = " and others; choose one with --judge MODEL:LABEL" if len(known) > 10 else ""
-            raise ValueError(f"the judge {classifier.name} has no label {label!r}; it knows {near}"
-                             f"{others}")
+            others = " and others; --classifier MODEL:LABEL chooses" if len(known) > 10 else ""
+            raise ValueError(f"the classifier {classifier.name} has no label {label!r}; it knows "
+                             f"{near}{others}")
     return classifier, called
 
 
@@ -260,8 +260,8 @@ def hub_config(source, revision):
     try:
         return read_json(cached_file(source, "config.json", revision=revision))
     except OSError as error:
-        raise ValueError(f"--judge {source}: {first_line(error)}; --judge takes a folder or hub "
-                         "id, or none: then nothing is evaluated") from None
+        raise ValueError(f"--classifier {source}: {first_line(error)}; --classifier takes a folder "
+                         "or hub id, or none: then nothing is evaluated") from None
 
 
 def frechet_distance(a, b):

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from ..files import read_json, write_json
-from . import experiment, ranks, report, runs
+from . import experiment, report, runs
 from .evaluation import wilson
 from .prompts import slug
 
@@ -18,10 +19,10 @@ from .prompts import slug
 def compare(method, config):
     """Every row leaves its folder, OUT/ROW/seed-N.
 
-    What is there already, with the same settings and inputs, is not done again. The table takes in
-    all seeds that are there. Under torchrun the processes divide the rows.
+    What is there already, with the same settings and inputs, is not done again, and what another
+    process is at work on is left to it. The table takes in all rows and seeds that are there.
     """
-    config = replace(config, eval_attacks=(*method.attacks, *method.inversions))
+    config = replace(config, eval_attacks=tuple(method.attacks))
     shared = experiment.open_experiment(method, config)
     out = Path(config.out or Path("runs") / f"{slug(config.concept)}-compare")
     changes = method.rows(shared.sd_o, shared.concepts, config)
@@ -29,26 +30,33 @@ def compare(method, config):
             for name, changed in changes.items()}
     records = {name: experiment.record(shared, row) for name, row in rows.items()}
     folders = {name: out / slug(name) / f"seed-{config.seed}" for name in rows}
-    todo = [name for name in wanted_rows(list(rows), config.methods) if not runs.is_finished(
-        folders[name], records[name], resume=True, overwrite=config.overwrite)]
+
+    def finished(name):
+        return runs.is_finished(folders[name], records[name], True, config.overwrite)
+
+    todo = [name for name in wanted_rows([*rows], config.methods) if not finished(name)]
     if todo:
         shared = experiment.with_pictures(shared, config)
 
     def run(name):
         gc.collect()  # the model of the row before, and the GPU memory of its graphs
         own, folder = shared._replace(started=time.time()), folders[name]
-        own.work.evaluations = 0
-        with runs.locked(folder):
-            runs.open_folder(folder, records[name], config.overwrite)
-            model = own.sd_o if changes[name] is None else None
-            _, figures, pictures = experiment.run(method, own, rows[name], folder, "erased", model)
-            experiment.write_results(folder, own, rows[name], {name: figures})
-            report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
-            runs.close_folder(folder)
-        return ()
+        model = own.sd_o if changes[name] is None else None
+        runs.open_folder(folder, records[name], config.overwrite)
+        _, figures, pictures = experiment.run(own, rows[name], folder, "erased", model)
+        experiment.write_results(folder, own, rows[name], {name: figures})
+        report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
+        runs.close_folder(folder)
 
-    ranks.share(run, todo, "comparing")
-    ranks.on_first(write_comparison, out, records, shared.evaluation_set, config)
+    for name in tqdm(todo, "comparing", leave=False):
+        try:
+            with runs.locked(folders[name]):
+                if not finished(name):  # another process may have done it since
+                    run(name)
+        except runs.InUse:
+            print(f"{name}: left to the process that is at work on it")
+    with runs.locked(out, wait=True):  # so that the last table written has all rows
+        write_comparison(out, records, shared, config)
 
 
 def wanted_rows(names, chosen):
@@ -66,7 +74,8 @@ def wanted_rows(names, chosen):
 def pooled(results):
     """Figures of several seeds -> one: rates over all prompts of all seeds, means of the rest."""
     figures = {}
-    for key in report.columns(results):
+    for key in dict.fromkeys(key for result in results for key, value in result.items()
+                             if key != "details" and value is not None):
         cells = [result[key] for result in results if result.get(key) is not None]
         if isinstance(cells[0], dict):
             n = sum(cell["n"] for cell in cells)
@@ -95,25 +104,28 @@ def read_runs(out, records):
     return found
 
 
-def write_comparison(out, records, evaluation_set, config):
+def write_comparison(out, records, shared, config):
     """Write table.md, results.json, compare.png and tradeoff.png to OUT, and print the table."""
-    found = read_runs(out, records)
+    found, attacks = read_runs(out, records), shared.method.attacks
     commits = sorted({run["commit"] for seeds in found.values() for run in seeds.values()})
     found = {name: {seed: run["results"][name] for seed, run in seeds.items()}
              for name, seeds in found.items()}
     figures = {name: pooled(list(seeds.values())) for name, seeds in found.items()}
     seeds = sorted({seed.removeprefix("seed-") for seeds in found.values() for seed in seeds})
+    n, steps = len(shared.evaluation_set.rows), config.eval_attack_steps
     title = (f"{config.concept}, {config.model}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; "
-             f"{len(evaluation_set.rows)} prompts, attacks of {config.eval_attack_steps} steps")
-    (out / "table.md").write_text(report.markdown(figures, title, commits), encoding="utf-8")
+             f"{n} prompts, attacks of {steps} steps")
+    table = report.markdown(figures, attacks, title, commits)
+    (out / "table.md").write_text(table, encoding="utf-8")
     without = {name: {seed: {key: value for key, value in result.items() if key != "details"}
                       for seed, result in seeds.items()} for name, seeds in found.items()}
     write_json(out / "results.json", {"pooled": figures, "seeds": without})
-    report.decorate(plot_comparison, out / "compare.png", found, evaluation_set, config)
+    report.decorate(plot_comparison, out / "compare.png", found, shared.evaluation_set,
+                    config)
     if config.eval_attacks:
         report.decorate(plot_tradeoff, out / "tradeoff.png", figures, config.eval_attacks[0],
                         config.concept)
-    print(report.text_table(figures, title))
+    print(f"{title}\n{report.rates_table(figures, attacks)}")
 
 
 # --- its pictures
@@ -133,7 +145,7 @@ def save_thumbnails(path, pictures, attacks, largest=128):
 
 
 def shown_prompts(found, seed, attack, n=3):
-    """The rule of compare.png: the first n prompts that the attack breaks in the first row, ESD.
+    """The rule of compare.png: the first n prompts that the attack breaks in the first method.
 
     Where it breaks none there, the next row that it breaks decides; where it breaks fewer, the
     first prompts follow. -> their indices.
@@ -165,51 +177,23 @@ def plot_comparison(path, found, evaluation_set, config):
 
 
 def plot_tradeoff(path, figures, attack, concept):
-    """tradeoff.png: robustness against utility, a named point a row with its 95 % intervals.
+    """tradeoff.png: robustness against utility, a point a row with its 95 % intervals.
 
     Up and right is better.
     """
-    points = {}
-    figure = Figure(figsize=(9, 6.5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    for name, row in figures.items():
+    for i, (name, row) in enumerate(figures.items()):
         utility, asr = row.get("utility"), row[f"{attack}_asr"]
         if utility:  # a classifier may know the concept alone
-            x, y = points[name] = 100 * utility["rate"], 100 * (1 - asr["rate"])
+            x, y = 100 * utility["rate"], 100 * (1 - asr["rate"])
             axis.errorbar(x, y, [[y - 100 * (1 - asr["high"])], [100 * (1 - asr["low"]) - y]],
                           [[x - 100 * utility["low"]], [100 * utility["high"] - x]],
-                          fmt="o", color="C0", ecolor="0.8", elinewidth=1)
-    left = min([40, *(x - 5 for x, _ in points.values())])
+                          fmt="os^"[i // 10 % 3], label=name, elinewidth=0.5)
     axis.set_title(f"erasing {concept}", parse_math=False)
     axis.set(xlabel="utility, %", ylabel=f"robustness: 100 - ASR under the {attack} attack, %",
-             xlim=(left, 130), ylim=(-6, 106),
-             xticks=range(int(left / 20 + 1) * 20, 101, 20))
-    width = (130 - left) / 105  # of a letter, in units of x; a line is 4.5 high
-    for name, place in place_labels(points, left, 103, width, 4.5).items():
-        axis.annotate(name, points[name], place, fontsize=8, va="center", parse_math=False,
-                      bbox={"boxstyle": "square,pad=0.1", "color": "white", "alpha": 0.8},
-                      arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.6})
+             xlim=(-4, 104), ylim=(-4, 104))
     axis.grid(alpha=0.3)
+    for name in figure.legend(loc="outside right upper", fontsize=8).get_texts():
+        name.set_parse_math(False)
     figure.savefig(path, dpi=150)
-
-
-def place_labels(points, leftmost, topmost, width, height):
-    """{label: its point} -> {label: where its left middle stands}.
-
-    Each is near its point, right of `leftmost`, below `topmost`, and none lies on another.
-    """
-    placed, taken = {}, [(x, x, y) for x, y in points.values()]  # left, right, middle
-
-    def free(left, right, middle):
-        apart = (right < a or b < left or abs(middle - y) >= height for a, b, y in taken)
-        return left >= leftmost and middle <= topmost and all(apart)
-
-    for label, (x, y) in sorted(points.items(), key=lambda item: -item[1][1]):
-        size = width * len(label)
-        steps = sorted(range(-40, 41), key=abs)
-        places = [(x + side, y + height * step / 2) for step in steps
-                  for side in (2 * width, 6 * width, -2 * width - size)]
-        left, middle = next((p for p in places if free(p[0], p[0] + size, p[1])), places[0])
-        placed[label] = left, middle
-        taken.append((left, left + size, middle))
-    return placed

@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 from zlib import crc32
 
 import torch
 
-from . import classifiers, ranks
+from . import classifiers
 from .prompts import PROMPTS, Row, evaluation_rows, folded, one_of, read_rows, that_fit
 from .runs import cached
 from .settings import is_toy
@@ -30,27 +31,27 @@ class EvaluationSet(NamedTuple):
     original: dict = {}  # what the original model draws: {part: pictures}
 
 
-def load_evaluation_set(sd_o, concepts, config):
-    """The evaluation set of these concepts.
+def load_evaluation_set(sd_o, concepts, config, room=0):
+    """The evaluation set of these concepts, with `room` for as many tokens in front of a prompt.
 
     A prompt whose label the classifier does not know is left out, with a note. In utility it stays,
     for CLIP score and Frechet distance. The toy has a classifier, a CLIP and a suite of its own.
     """
     toy = is_toy(config.model)
-    spec = judge_of(concepts, config, toy)
+    spec = classifier_of(concepts, config, toy)
     names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
     words = [word for c in concepts for word in c.words]
     named = one_of(words)
 
     def of_concepts(role):
-        return [row for c in concepts
-                for row in read_rows(suite, role=role, concept=c.name)[: config.eval_prompts]]
+        return [row for c in concepts for row in islice(
+            read_rows(suite, role=role, concept=c.name), config.eval_prompts)]
 
     def for_others(part):
         return [r for r in part if r.label not in names and not named.search(folded(r.prompt))]
 
     parts = {
-        "rows": rows_to_attack(sd_o, concepts, config),
+        "rows": rows_to_attack(sd_o, concepts, config, room),
         "paraphrases": of_concepts("paraphrase"),
         "neighbours": for_others(of_concepts("neighbour")),
         "styles": for_others(read_rows(suite, role="style"))[: config.eval_prompts],
@@ -63,40 +64,37 @@ def load_evaluation_set(sd_o, concepts, config):
     labels, known = {called.get(label, label) for label in labels}, classifier.known
     unknown = set() if known is None else labels - known
     if unknown:
-        print(f"not judged, since the judge has no such label: {', '.join(sorted(unknown))}")
+        print(f"not counted, since the classifier has no such label: {', '.join(sorted(unknown))}")
     parts = {name: [row for row in part if name == "utility" or row.label not in unknown]
              for name, part in parts.items()}
     if not parts["rows"]:
-        raise ValueError(f"the judge {classifier.name} has no label of the prompts to attack; "
-                         "--judge MODEL:LABEL chooses one")
+        raise ValueError(f"the classifier {classifier.name} has no label of the prompts to "
+                         "attack; --classifier MODEL:LABEL chooses one")
     clip = classifiers.load_clip_score(config.clip_score, sd_o, toy)
     return EvaluationSet(**parts, classifier=classifier, clip_score=clip, words=words)
 
 
-def judge_of(concepts, config, toy):
-    """Whom --judge names, or else the judge of all the concepts; None: the toy's own."""
-    judges = dict.fromkeys(c.judge for c in concepts)
-    if not (config.judge or toy or len(judges) == 1):
-        raise ValueError(f"--concept {config.concept}: their judges differ, "
-                         f"{' and '.join(judges)}; give one for all with --judge")
-    return config.judge or (None if toy else concepts[0].judge)
+def classifier_of(concepts, config, toy):
+    """What --classifier names, or else that of all the concepts; None: the toy's own."""
+    theirs = dict.fromkeys(c.classifier for c in concepts)
+    if not (config.classifier or toy or len(theirs) == 1):
+        raise ValueError(f"--concept {config.concept}: their classifiers differ, "
+                         f"{' and '.join(theirs)}; give one for all with --classifier")
+    return config.classifier or (None if toy else concepts[0].classifier)
 
 
-def rows_to_attack(sd_o, concepts, config):
+def rows_to_attack(sd_o, concepts, config, room):
     """The first `eval_prompts` rows of --eval-set, or of each concept, that fit the model."""
-    k = config.eval_prefix + config.eval_longer * ("longer" in config.eval_attacks)
-
-    def fitting(rows, what):
-        rows, notes = that_fit(sd_o, rows, k, what, config.eval_prompts)
-        for note in notes:
-            print(note)
-        return rows
-
+    sources, rows = {f"prompts of {c.name}": evaluation_rows(c, config) for c in concepts}, []
     if config.eval_set:
         label = concepts[0].name if len(concepts) == 1 else None
-        return read_rows(config.eval_set, label, partial(fitting, what="--eval-set"))
-    return [row for c in concepts
-            for row in evaluation_rows(c, config, partial(fitting, what=f"prompts of {c.name}"))]
+        sources = {"--eval-set": read_rows(config.eval_set, label)}
+    for what, source in sources.items():
+        kept, notes = that_fit(sd_o, source, room, what, config.eval_prompts)
+        rows += kept
+        for note in notes:
+            print(note)
+    return rows
 
 
 # --- pictures
@@ -127,11 +125,8 @@ def draw_rows(sd, rows, config, context=None):
 def draw_all(sd, evaluation_set, config):
     """A model's pictures without attack -> {part: (N, 3, H, W)}."""
     rows = [row for part in PARTS for row in getattr(evaluation_set, part)]
-    batches = [rows[i : i + config.eval_batch] for i in range(0, len(rows), config.eval_batch)]
-    drawn = ranks.share(lambda batch: (draw_rows(sd, batch, config),), batches)  # a tuple each
-    pictures = torch.cat([picture for picture, in drawn]).to(sd.device)
     sizes = [len(getattr(evaluation_set, part)) for part in PARTS]
-    return dict(zip(PARTS, pictures.split(sizes)))
+    return dict(zip(PARTS, draw_rows(sd, rows, config).split(sizes)))
 
 
 def shown(classifier, pictures, rows):
@@ -188,16 +183,16 @@ def invert_concepts(sd, evaluation_set, which, attack, config):
     return [{"broken": flag} for flag in shown(evaluation_set.classifier, drawn, rows)], drawn
 
 
-def attack_jobs(sd, method, evaluation_set, left, config):
+def attack_jobs(sd, attacks, evaluation_set, left, config):
     """{name: job} for `cached`: every attack of the config on the rows `left`."""
     jobs = {}
     for kind in config.eval_attacks if left else ():
-        attack = method.attacks.get(kind)
-        size = config.eval_batch if attack else len(left)
+        attack = attacks[kind]
+        size = len(left) if attack.together else config.eval_batch
         for i in range(0, len(left), size):
             part = left[i : i + size]
-            run = partial(attack_prompts if attack else invert_concepts, sd, evaluation_set, part,
-                          attack or method.inversions[kind], config)
+            run = partial(invert_concepts if attack.together else attack_prompts, sd,
+                          evaluation_set, part, attack.search, config)
             jobs[f"{kind}-{crc32(bytes(str(part), 'ascii')):08x}"] = run  # named by its rows
     return jobs
 
@@ -229,8 +224,8 @@ def score(evaluation_set, drawn):
             {"prompt": row.prompt, "seed": row.seed, "label": row.label, "shown": flag}
             for row, flag in zip(rows, shown(evaluation_set.classifier, pictures, rows))]
         name = {"rows": "pre_attack_asr", "paraphrases": "paraphrase_asr"}.get(part, part)
-        judged = [d["shown"] for d in details[part] if known is None or d["label"] in known]
-        figures[name] = rate(judged)
+        flags = [d["shown"] for d in details[part] if known is None or d["label"] in known]
+        figures[name] = rate(flags)
     if hasattr(evaluation_set.classifier, "rest"):  # the toy's knows ruined pictures
         erased = [row.label for row in evaluation_set.rows]
         clean, kept = evaluation_set.classifier.rest(
@@ -247,7 +242,7 @@ def score(evaluation_set, drawn):
     return figures, details
 
 
-def evaluate(sd, method, evaluation_set, drawn, config, folder=None):
+def evaluate(sd, attacks, evaluation_set, drawn, config, folder=None):
     """Score and attack a model -> (figures with their details, attacked pictures by attack).
 
     `drawn`: its pictures, from `draw_all`. The folder keeps attacks, so that a stopped run does not
@@ -259,7 +254,7 @@ def evaluate(sd, method, evaluation_set, drawn, config, folder=None):
     left = [i for i, detail in enumerate(details["rows"]) if not detail["shown"]]
     records, pictures = {kind: [] for kind in config.eval_attacks}, {}
     attacked = {kind: [] for kind in config.eval_attacks}
-    jobs = attack_jobs(sd, method, evaluation_set, left, config)
+    jobs = attack_jobs(sd, attacks, evaluation_set, left, config)
     for name, (answers, answered) in cached(folder, jobs).items():
         kind, _ = name.rsplit("-", 1)
         records[kind] += answers

@@ -2,13 +2,11 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import platform
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -17,44 +15,22 @@ import sd_mini
 
 from ..files import write_json
 from ..graphs import Graphs
-from ..unet import UNet
 from ..weights import PARTS
-from . import ranks, report
+from . import report
 from .evaluation import PARTS as EVALUATED
 from .evaluation import EvaluationSet, draw_all, evaluate, load_evaluation_set
 from .prompts import Concept, read_concepts, training_prompts
-
-
-# A backward in forwards, through frozen weights: counted on the UNet of v1.4, 0.88 TFLOP and 0.82.
-BACKWARD = 1.07
-
-
-class Work:
-    """UNet evaluations of a model in forward equivalents.
-
-    A picture counts 1, and BACKWARD more where a backward follows. (That of weights in training,
-    which is about twice as much, counts no more.)
-    """
-
-    def __init__(self, sd):
-        self.evaluations, self.run = 0, sd.run
-        sd.run = self
-
-    def __call__(self, network, *inputs):
-        out = self.run(network, *inputs)
-        if isinstance(network, UNet):
-            self.evaluations += len(out) * (1 + BACKWARD * out.requires_grad)
-        return out
+from .settings import Method
 
 
 class Experiment(NamedTuple):
     """What all runs on a concept share."""
 
+    method: Method
     sd_o: object
     concepts: list[Concept]
     evaluation_set: EvaluationSet | None  # None: erase and do not evaluate
     inputs: dict  # fingerprints of what was read: {name: hash}
-    work: Work
     started: float
     scored: object = None  # the model that --task evaluate scores
 
@@ -100,14 +76,14 @@ def open_experiment(method, config):
     started, concepts = time.time(), read_concepts(config.concept)
     training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
     sd_o, evaluation_set = load_model(config), None
-    work = Work(sd_o)
     erase, retain, _ = training_prompts(concepts, config, sd_o)
-    if config.judge != "none":
-        evaluation_set = load_evaluation_set(sd_o, concepts, config)
+    if config.classifier != "none":
+        room = max((method.attacks[name].room(config) for name in config.eval_attacks), default=0)
+        evaluation_set = load_evaluation_set(sd_o, concepts, config, room)
     method.check(sd_o, erase, retain, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
-    inputs = fingerprints(method, sd_o, evaluation_set, scored)
-    return Experiment(sd_o, concepts, evaluation_set, inputs, work, started, scored)
+    inputs = fingerprints(sd_o, evaluation_set, scored)
+    return Experiment(method, sd_o, concepts, evaluation_set, inputs, started, scored)
 
 
 def with_pictures(experiment, config):
@@ -118,18 +94,17 @@ def with_pictures(experiment, config):
     return experiment._replace(evaluation_set=experiment.evaluation_set._replace(original=drawn))
 
 
-def fingerprints(method, sd_o, evaluation_set, scored):
-    """{what was read: a hash}: what figures depend on besides the settings."""
+def fingerprints(sd_o, evaluation_set, scored):
+    """{what was read: a hash}: what figures depend on besides settings and code."""
     parts = [sd_mini.fingerprint(getattr(sd_o, part)) for part in PARTS]
-    hashes = {"code": code_hash(method),
-              "model": hash_of([*parts, sd_o.schedule.config, sd_o.tokenizer.get_vocab()])}
+    hashes = {"model": hash_of([*parts, sd_o.schedule.config, sd_o.tokenizer.get_vocab()])}
     if scored:
         hashes["text encoder"] = sd_mini.fingerprint(scored.text_encoder)
     if evaluation_set:
         classifier = evaluation_set.classifier
         prompts = [getattr(evaluation_set, part) for part in EVALUATED]
         hashes["evaluation prompts"] = hash_of(prompts)
-        hashes["judge"] = hash_of([classifier.rule, sd_mini.fingerprint(classifier.network)])
+        hashes["classifier"] = hash_of([classifier.rule, sd_mini.fingerprint(classifier.network)])
         if evaluation_set.clip_score:
             hashes["CLIP"] = sd_mini.fingerprint(evaluation_set.clip_score.network)
     return hashes
@@ -140,13 +115,6 @@ def hash_of(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def code_hash(method):
-    """Of this library's source and of the file that has the method: none in a notebook."""
-    own = Path(getattr(inspect.getmodule(method.train), "__file__", None) or "")
-    files = {*Path(sd_mini.__file__).parent.rglob("*.py"), *([own] if own.is_file() else [])}
-    return hash_of([path.read_text(encoding="utf-8") for path in sorted(files)])
-
-
 def record(experiment, config):
     """What says whether a run is this one: settings, and hashes of all that was read."""
     prompts = hash_of(training_prompts(experiment.concepts, config, experiment.sd_o))
@@ -154,13 +122,13 @@ def record(experiment, config):
             "inputs": {**experiment.inputs, "prompts to erase and retain": prompts}}
 
 
-def train(method, experiment, config, folder=None):
+def train(experiment, config, folder=None):
     """Train as the method says -> (erased model, history of losses)."""
     sd_o = experiment.sd_o
     erase, retain, notes = training_prompts(experiment.concepts, config, sd_o)
     for note in notes:
         print(note)
-    sd, history = method.train(sd_o, erase, retain, config, folder)
+    sd, history = experiment.method.train(sd_o, erase, retain, config, folder)
     for part in trained_parts(sd, sd_o):
         getattr(sd, part).requires_grad_(False).zero_grad()  # which would hold memory
     if sd.text_encoder is not sd_o.text_encoder:
@@ -174,44 +142,41 @@ def trained_parts(sd, sd_o):
     return [part for part in PARTS if getattr(sd, part) is not getattr(sd_o, part)]
 
 
-def run(method, experiment, config, out, name, sd=None):
+def run(experiment, config, out, name, sd=None):
     """Train a model (or take the one given), evaluate it, and save weights and losses in `out`.
 
     -> (model, figures, pictures). What a stopped run needs is kept in OUT/partial/NAME.
     """
-    began, before, history = time.time(), experiment.work.evaluations, None
+    began, history = time.time(), None
     folder, sd_o = out / "partial" / name, experiment.sd_o
     resumed = any(folder.glob("checkpoint-*"))
     if sd is None:
-        sd, history = train(method, experiment, config, folder)
+        sd, history = train(experiment, config, folder)
         for part in trained_parts(sd, sd_o):
-            ranks.on_first(sd_mini.save_part, getattr(sd, part), out / part, part)
-        ranks.on_first(report.decorate, report.plot_losses, out / "losses.png", history)
+            sd_mini.save_part(getattr(sd, part), out / part, part)
+        report.decorate(report.plot_losses, out / "losses.png", history)
     figures, pictures, evaluation_set = {}, {}, experiment.evaluation_set
-    cost = {"minutes": (time.time() - began) / 60,
-            "unet_evaluations": round(experiment.work.evaluations - before)}
+    minutes = (time.time() - began) / 60
     if evaluation_set:
         drawn = evaluation_set.original if sd is sd_o else draw_all(sd, evaluation_set, config)
-        figures, attacked = evaluate(sd, method, evaluation_set, drawn, config, folder)
+        attacks = experiment.method.attacks
+        figures, attacked = evaluate(sd, attacks, evaluation_set, drawn, config, folder)
         pictures = {**drawn, **attacked}
-    if history and not resumed:  # nobody counted the beginning of a run that goes on
-        figures |= cost
+    if history and not resumed:  # nobody measured the beginning of a run that goes on
+        figures["minutes"] = minutes
     return sd, figures, pictures
 
 
 def write_results(out, experiment, config, results):
-    """results.json: the figures, and all that it takes to get them again.
-
-    UNet evaluations are those of this process.
-    """
-    evaluation_set, judge, clip = experiment.evaluation_set, None, None
+    """results.json: the figures, and all that it takes to get them again."""
+    evaluation_set, classifier, clip = experiment.evaluation_set, None, None
     if evaluation_set:
-        judge = {"name": evaluation_set.classifier.name, "rule": evaluation_set.classifier.rule}
+        classifier = evaluation_set.classifier
+        classifier = {"name": classifier.name, "rule": classifier.rule}
         clip = evaluation_set.clip_score and evaluation_set.clip_score.name
     write_json(out / "results.json", {
         "complete": True, **record(experiment, config), "results": results,
-        "unet_evaluations": round(experiment.work.evaluations), "processes": ranks.COUNT,
-        "judge": judge, "clip_score_by": clip, "commit": report.commit(),
+        "classifier": classifier, "clip_score_by": clip, "commit": report.commit(),
         "seconds": round(time.time() - experiment.started, 1),
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "transformers": version("transformers")},

@@ -1,18 +1,13 @@
 """Concepts and prompts: their files, the phrasings that are erased, the retain filter."""
 from __future__ import annotations
 
-import difflib
-import math
 import re
 import unicodedata
-from dataclasses import fields
-from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, get_args, get_type_hints
+from typing import NamedTuple
 
 # By their whole names: the grader opens this file outside its package.
 from sd_mini.lab.records import COLUMNS, read_csv, read_number
-from sd_mini.lab.settings import check_value
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 
@@ -48,9 +43,7 @@ class Concept(NamedTuple):
     name: str
     kind: str = "object"  # or style
     synonyms: tuple[str, ...] = ()
-    judge: str = "microsoft/resnet-50"
-    settings: dict = {}  # what else its row says, as text
-    where: str = ""  # file and line of its row
+    classifier: str = "microsoft/resnet-50"
 
     @property
     def words(self):
@@ -64,17 +57,21 @@ def slug(name):
 
 # --- evaluation prompts
 
-def read_rows(path, label=None, pick=list, **wanted):
-    """Evaluation prompts, in the columns of UnlearnDiffAtk's files or of I2P.
+def read_rows(path, label=None, **wanted):
+    """Evaluation prompts one by one, in the columns of UnlearnDiffAtk's files or of I2P.
 
-    Of a suite only the rows whose columns are as wanted: `role="style"`. `pick` gets the rows one
-    by one and chooses; numbers are read in the rows chosen alone.
+    Of a suite only the rows whose columns are as wanted: `role="style"`. Nothing is looked at
+    behind the last row that is asked for.
     """
-    records = pick(record for record in read_csv(path)
-                   if all(record.text(column) == value for column, value in wanted.items()))
-    rows = [row_of(record, label) for record in records]
-    note_oddities(path, records, rows)
-    return rows
+    said = set()
+    for record in read_csv(path):
+        if all(record.text(column) == value for column, value in wanted.items()):
+            row = row_of(record, label)
+            for note in oddities(record, row):
+                if note not in said:
+                    print(f"note: {record.where}: {note}")
+                said.add(note)
+            yield row
 
 
 def row_of(record, label):
@@ -88,23 +85,18 @@ def row_of(record, label):
     return Row(record.prompt, seed, guidance, label)
 
 
-def note_oddities(path, records, rows):
-    """Print what may surprise and is no mistake: no seed, or another class than the label."""
-    if unseeded := sum(not record.column("seed") for record in records):
-        print(f"note: {path}: {unseeded} of {len(rows)} prompts have no seed (column "
-              f"{', '.join(COLUMNS['seed'])}); it is 0")
-    others = [(record, row) for record, row in zip(records, rows) if record.column("class")
-              and not one_of([row.label]).search(folded(record.text("class").replace("_", " ")))]
-    for record, row in others[:1]:
-        print(f"note: {path}: {len(others)} of {len(rows)} prompts are of another class than "
-              f"{row.label!r} and count all the same; the first, {record.where.split(', ')[-1]}: "
-              f"{record.text('class')!r}")
+def oddities(record, row):
+    """What may surprise and is no mistake: no seed, or another class than the label."""
+    if not record.column("seed"):
+        yield f"no seed (column {', '.join(COLUMNS['seed'])}): 0 here, and where else it has none"
+    other = record.text("class").replace("_", " ")
+    if other and not one_of([row.label]).search(folded(other)):
+        yield f"of another class than {row.label!r}: such prompts count all the same"
 
 
 # --- concepts
 
 CONCEPTS = PROMPTS / "concepts.csv"
-SHIPPED = {"retain_weight", "layers"}  # settings in it that not every method has
 
 
 def read_concepts(names):
@@ -123,84 +115,42 @@ def read_concepts(names):
 
 
 def concept_of(record):
-    """A row of prompts/concepts.csv; its further columns are settings, a blank one the default."""
-    kind, judge = record.text("kind").lower() or "object", record.text("judge")
+    """A row of prompts/concepts.csv."""
+    if unknown := record.cells.keys() - {"concept", "kind", "synonyms", "classifier"}:
+        raise ValueError(f"{record.where}: column {min(unknown)!r}: settings are flags")
+    kind = record.text("kind").lower() or "object"
     if kind not in PHRASINGS:
         raise ValueError(f"{record.where}: kind {kind!r}: choose from {', '.join(PHRASINGS)}")
     synonyms = filter(None, map(str.strip, record.text("synonyms").split("|")))
-    settings = {column: text.strip() for column, text in record.cells.items() if text.strip()
-                and column not in ("concept", "kind", "synonyms", "judge")}
     return Concept(record.text("concept").lower(), kind, tuple(synonyms),
-                   judge or Concept("").judge, settings, record.where)
-
-
-def concept_settings(names, Config):
-    """What prompts/concepts.csv sets for these concepts: of several values the largest.
-
-    0 is the largest of all: as `layers` it means every layer.
-    """
-    concepts, numbers = read_concepts(names), numbers_of(Config)
-    keys = {key for concept in concepts for key in concept.settings}
-    if unknown := keys - numbers.keys() - SHIPPED:
-        near = difflib.get_close_matches(min(unknown), numbers, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{CONCEPTS}, line 1: {min(unknown)!r} is no setting that takes a number"
-                         f"{meant}")
-    values = {key: [value_of(concept, key, *numbers[key]) for concept in concepts]
-              for key in keys & numbers.keys()}
-    return {key: max(listed, key=lambda value: value or math.inf) for key, listed in values.items()}
-
-
-def numbers_of(Config):
-    """{name: (its dataclass field, int or float)} of the flags that take a number."""
-    hints = get_type_hints(Config)
-    taken = {f: {hints[f.name], *get_args(hints[f.name])} for f in fields(Config) if f.metadata}
-    return {f.name: (f, float if float in kinds else int) for f, kinds in taken.items()
-            if kinds & {int, float}}
-
-
-def value_of(concept, key, field, kind):
-    """A setting of the concept: its row's, in the range of the flag, or else the default."""
-    if key not in concept.settings:
-        return field.default
-    value = read_number(concept.where, key, concept.settings[key], kind)
-    check_value(f"{concept.where}: {key}", value, field.metadata, refuse)
-    return value
-
-
-def refuse(message):
-    raise ValueError(message)
+                   record.text("classifier") or Concept("").classifier)
 
 
 # --- prompts of a run
 
-def evaluation_rows(concept, config, pick=None):
-    """prompts/NAME.csv, or else the phrasings that are not erased in training (all, if all are).
-
-    `pick` chooses among them, see `read_rows`; else the first `eval_prompts` count.
-    """
-    pick = pick or (lambda rows: [*islice(rows, config.eval_prompts)])
+def evaluation_rows(concept, config):
+    """prompts/NAME.csv, or else the phrasings that are not erased in training (all, if all are)."""
     path = PROMPTS / f"{slug(concept.name)}.csv"
     if path.is_file():
-        return read_rows(path, concept.name, pick)
+        return read_rows(path, concept.name)
     phrasings = PHRASINGS[concept.kind]
     unseen = phrasings[config.phrasings :] or phrasings
-    return pick(Row(unseen[i % len(unseen)].format(concept.name), 5000 + i, 7.5, concept.name)
-                for i in range(config.eval_prompts))
+    return (Row(unseen[i % len(unseen)].format(concept.name), 5000 + i, 7.5, concept.name)
+            for i in range(config.eval_prompts))
 
 
 def that_fit(sd, rows, k, what, n=None):
     """-> (the first n rows, or all, whose prompts leave room for k more tokens; notes on others).
 
-    rows: prompts, or what has a prompt, looked at up to the n-th that fits. `what` they are, for
-    messages. ValueError where none fits.
+    rows: prompts, or Rows, looked at up to the n-th that fits. `what` they are, for messages.
+    ValueError where none fits.
     """
     kept, long, room = [], [], sd.context_length - k
     for row in rows:
         prompt = getattr(row, "prompt", row)
         length = len(sd.tokenizer(prompt, verbose=False).input_ids)  # with start and end
         if length > room:
-            long.append(f"{getattr(row, 'where', '')} {prompt[:60]!r} takes {length}".strip())
+            long.append(f"{prompt[:60]!r} takes {length}")
         else:
             kept.append(row)
         if len(kept) == n:
@@ -240,35 +190,20 @@ def training_prompts(concepts, config, sd=None):
 
 # --- names in prompts
 
-# A letter or digit of the scripts that have capitals, which put blanks between their words.
-LETTER = r"[^\W\u0590-\u1dff\u2e80-\U0010ffff]"
-EDGE = f"(?:(?<!{LETTER})|(?!{LETTER}))"  # not between two of them
-PLURALS = {"y": "ies", "f": "ves", "ife": "ives", "man": "men", "child": "children",
-           "person": "people", "mouse": "mice", "goose": "geese", "foot": "feet", "tooth": "teeth"}
-
-
 def folded(text):
     """A text such that what differs in capitals, in blanks or in how accents are coded is equal."""
-    composed = unicodedata.normalize("NFC", " ".join(text.split()))
-    return unicodedata.normalize("NFC", composed.casefold())
-
-
-def with_plurals(word):
-    """The word, folded, and what its plural may be: "wolf" -> wolf, wolfs, wolfes, wolves."""
-    word = folded(word)
-    irregular = [word.removesuffix(end) + plural for end, plural in PLURALS.items()
-                 if word.endswith(end)]
-    return [word, word + "s", word + "es", *irregular]
+    return unicodedata.normalize("NFC", " ".join(text.split()).casefold())
 
 
 def one_of(words):
-    """A pattern that finds any of the words, or its plural, as a whole word in a folded text.
+    """A pattern that finds any of the words in a folded text, as a whole word, with s or es too.
 
-    "church" is in "two churches", not in "churchill". Within a word is between two LETTERs, so
-    that C++ and 教堂 are found too, which \\b cannot bound.
+    "church" is in "two churches", not in "churchill". A word without letters that have capitals is
+    found anywhere, since such scripts may have no blanks: 教堂. Other forms are synonyms.
     """
-    every = [re.escape(form) for word in words for form in with_plurals(word)]
-    return re.compile(f"{EDGE}(?:{'|'.join(every)}){EDGE}")
+    return re.compile("|".join(
+        re.escape(word) if word == word.upper() else rf"(?<!\w){re.escape(word)}(?:e?s)?(?!\w)"
+        for word in map(folded, words)))
 
 
 def without_concept(prompts, words):

@@ -67,10 +67,7 @@ def read_header(where, cells, column):
     """Names of the columns, in small letters. ValueError where the one that is needed is absent."""
     names = [name.strip().lower() for name in cells]
     if not {*COLUMNS.get(column, (column,))} & {*names}:
-        for sign, called in (";", "semicolons"), ("\t", "tabs"):
-            if sign in "".join(names):
-                raise ValueError(f"{where}: {called} stand between the fields; save it with commas")
-        raise ValueError(f"{where}: no column {column!r}")
+        raise ValueError(f"{where}: no column {column!r} between commas in {','.join(cells)!r}")
     if twice := [name for name in names if name and names.count(name) > 1]:
         raise ValueError(f"{where}: two columns {twice[0]!r}")
     return names

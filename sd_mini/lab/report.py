@@ -12,22 +12,11 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
 
-from ..weights import TOY_UNETS
 from .settings import Settings
 
 COLUMNS = {  # figure -> its name, the same short, what it counts
     "pre_attack_asr": ("pre-attack ASR", "pre",
                        "% of the concept's prompts whose picture shows it, without attack"),
-    "token_asr": ("ASR, token attack", "tok",
-                  "the same or broken by a prefix of tokens (UnlearnDiffAtk)"),
-    "random_asr": ("ASR, random prefix", "rnd",
-                   "the same or broken by random tokens, at as many looks: the control"),
-    "longer_asr": ("ASR, longer prefix", "lon",
-                   "the same by the token attack with a longer prefix"),
-    "embedding_asr": ("ASR, embedding attack", "emb",
-                      "the same or broken by a prefix of free embeddings, one per prompt"),
-    "inversion_asr": ("ASR, inversion attack", "inv",
-                      "the same or broken by one embedding in the name's place (CCE)"),
     "paraphrase_asr": ("ASR, paraphrases", "par",
                        "% of prompts that mean the concept and never name it"),
     "clean": ("clean", "cln", "% of the concept's prompts whose picture is one, not ruined, without "
@@ -44,87 +33,76 @@ COLUMNS = {  # figure -> its name, the same short, what it counts
     "frechet": ("Frechet distance", "FD", "between the classifier's features of the original's and "
                 "this model's utility pictures; it falls with their number, no FID"),
     "minutes": ("training minutes", "min", "wall clock"),
-    "unet_evaluations": ("UNet evaluations", "UNet", "of training, in forward equivalents (a "
-                         "backward through frozen weights is 1.07), thousands"),
 }
-COSTS = ("minutes", "unet_evaluations")
 
 
-def columns(results):
-    """The columns that these results have, those of a method's own attacks included."""
-    own = {key: (f"ASR, {key.removesuffix('_asr')} attack", key[:3], "the same or broken by it")
-           for result in results for key in result if key.endswith("_asr") and key not in COLUMNS}
-    both = {**COLUMNS, **own}
-    return {key: column for key, column in both.items()
+def columns(results, attacks):
+    """The columns that these results have, behind the first those of the method's attacks."""
+    asr = {f"{name}_asr": (f"ASR, {attack.title or f'{name} attack'}", attack.short or name[:3],
+                           f"the same or broken by {attack.what}")
+           for name, attack in attacks.items()}
+    every = {"pre_attack_asr": COLUMNS["pre_attack_asr"], **asr, **COLUMNS}
+    return {key: column for key, column in every.items()
             if any(result.get(key) is not None for result in results)}
 
 
 # --- tables
 
-def percent(cell):
-    return f"{100 * cell['rate']:.0f} [{100 * cell['low']:.0f}, {100 * cell['high']:.0f}]"
+def text(figure, interval=True):
+    """A number, a rate in % with its interval or without, or nothing where there is no figure."""
+    if not isinstance(figure, dict):
+        return "" if figure is None else f"{figure:.2f}"
+    rate, low, high = (f"{100 * figure[key]:.0f}" for key in ("rate", "low", "high"))
+    return f"{rate} [{low}, {high}]" if interval else rate
 
 
-def number(key, value):
-    if key == "unet_evaluations":
-        return f"{value / 1000:.1f}"
-    return f"{value:.{2 if key in ('clip_score', 'frechet') else 1}f}"
+def aligned(rows, *widths):
+    """Rows of texts -> lines, each row's first text to the left and the others to the right."""
+    return "\n".join("".join(
+        f"{cell:>{width}}" if i else f"{cell:<{width}}"
+        for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows)
 
 
-def table(results):
+def table(results, attacks):
     """{"original": {figure: number or {rate, low, high, n}}, "erased": ...} -> 80 columns."""
-    head = f"{'% [95 % interval]':<24}" + "".join(f"{name:>20}" for name in results)
-    lines = [f"{head}{'n':>6}"]
-    for key, (title, _, _) in columns(results.values()).items():
-        if key in COSTS:
-            continue
-        cells = [result.get(key) for result in results.values()]
-        texts = [percent(c) if isinstance(c, dict) else number(key, c) for c in cells]
-        n = cells[0]["n"] if isinstance(cells[0], dict) else ""
-        line = f"{title:<24}" + "".join(f"{text:>20}" for text in texts) + f"{n:>6}"
-        lines.append(line.rstrip())
-    return "\n".join(lines + ruined(results))
+    rows = [["% [95 % interval]", *results, "n"]]
+    for key, (title, _, _) in columns(results.values(), attacks).items():
+        found = [result.get(key) for result in results.values()]
+        n = found[0]["n"] if isinstance(found[0], dict) else ""
+        rows += [[title, *map(text, found), n]] if key != "minutes" else []
+    return aligned(rows, 24, *[20] * len(results), 6) + ruined(results)
 
 
 def ruined(results):
     """A line for each model that draws too few pictures in place of the concept."""
     shares = {name: result.get("clean") for name, result in results.items()}
-    return [f"{name}: only {100 * cell['rate']:.0f} % of the concept's pictures are pictures; the "
-            "others are ruined, not erased" for name, cell in shares.items()
-            if cell and cell["rate"] < 0.8]
+    return "".join(f"\n{name}: only {text(share, interval=False)} % of the concept's pictures are "
+                   "pictures; the others are ruined, not erased"
+                   for name, share in shares.items() if share and share["rate"] < 0.8)
 
 
-def text_table(figures, title):
+def rates_table(figures, attacks):
     """{row: figures} -> the rates, without their intervals, in 80 columns."""
-    def brief(cell):
-        return f"{100 * cell['rate']:.0f}" if cell else ""
-
-    keys = {key: short for key, (_, short, _) in columns(figures.values()).items()
-            if key not in (*COSTS, "clip_score", "frechet")}
-    lines = [title, f"{'%':<30}" + "".join(f"{short:>5}" for short in keys.values())]
-    for name, figure in figures.items():
-        lines.append(f"{name:<30}" + "".join(f"{brief(figure.get(key)):>5}" for key in keys))
-    lines += ruined(figures)
-    return "\n".join(lines)
+    keys = {key: short for key, (_, short, _) in columns(figures.values(), attacks).items()
+            if key not in ("minutes", "clip_score", "frechet")}
+    rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
+            for name, figure in figures.items()]
+    return aligned([["%", *keys.values()], *rows], 30, *[5] * len(keys)) + ruined(figures)
 
 
-def markdown(figures, title, commits):
+def markdown(figures, attacks, title, commits):
     """The whole table, with intervals, what each column counts, the rows' commits and minutes."""
-    used = columns(figures.values())
-    lines = [f"**{escaped(title)}**", "",
-             f"| method | {' | '.join(name for name, _, _ in used.values())} |",
-             "| --- " * (len(used) + 1) + "|"]
-    for name, figure in figures.items():
-        cells = {key: figure.get(key) for key in used}
-        texts = ["" if c is None else percent(c) if isinstance(c, dict) else number(key, c)
-                 for key, c in cells.items()]
-        lines.append(f"| {escaped(name)} | " + " | ".join(texts) + " |")
+    used = columns(figures.values(), attacks)
+    rows = [["method", *(name for name, _, _ in used.values())], ["---"] * (len(used) + 1)]
+    rows += [[escaped(name), *(text(figure.get(key)) for key in used)]
+             for name, figure in figures.items()]
     meanings = "; ".join(f"{name}: {what}" for name, _, what in used.values())
     minutes = sum(figure.get("minutes", 0) for figure in figures.values())
-    lines += ["", f"Rates in % with their 95 % Wilson interval. {meanings}.", "",
-              f"{time.strftime('%Y-%m-%d')}, rows of commit {', '.join(commits)}, {minutes:.0f} "
-              "minutes of training a seed."]
-    return "\n".join(lines) + "\n"
+    return "\n".join([
+        f"**{escaped(title)}**", "", *(f"| {' | '.join(row)} |" for row in rows), "",
+        f"Rates in % with their 95 % Wilson interval. {meanings}.", "",
+        f"{time.strftime('%Y-%m-%d')}, rows of commit {', '.join(commits)}, {minutes:.0f} minutes "
+        "of training a seed.", ""])
 
 
 def escaped(text):
@@ -133,8 +111,8 @@ def escaped(text):
 
 
 def commit():
-    """Of this code, where git knows it."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
+    """Of this code, where git knows it; "-dirty" says that it was edited since."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:  # no git
@@ -203,13 +181,10 @@ def save_images(folder, evaluation_set, pictures):
 def plot_losses(path, history):
     """[{"erase": loss, "attack": loss or None, ...}, ...] -> a curve each, with its running mean.
 
-    The mean is over 20 values. A dotted line shows where a loss begins that the first iteration did
-    not have.
+    The mean is over 20 values. A loss may begin after the first iteration.
     """
     curves = {name: np.array([losses[name] for losses in history], float) for name in history[0]}
     curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
-    begins = {name: np.flatnonzero(np.isfinite(values))[0] for name, values in curves.items()}
-    late = {name: int(start) for name, start in begins.items() if start}
     figure = Figure(figsize=(7, 1.85 * len(curves)), layout="constrained")
     axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, values) in zip(axes, curves.items()):
@@ -217,20 +192,16 @@ def plot_losses(path, history):
         axis.plot(at, values[at], color="0.8", linewidth=0.8)
         if len(at) > 20:
             axis.plot(at[19:], np.convolve(values[at], np.ones(20) / 20, "valid"), color="C0")
-        for start in late.values():
-            axis.axvline(start, color="0.6", linestyle=":", linewidth=1)
         axis.set_ylabel(f"{name} loss", parse_math=False)
         axis.set(xlim=(0, len(history)), ylim=(0, None))
-    dotted = f" (dotted: where the {' and the '.join(late)} begins)" if late else ""
-    axes[-1].set_xlabel(f"iteration{dotted}", parse_math=False)
+    axes[-1].set_xlabel("iteration")
     figure.savefig(path, dpi=120)
 
 
 # --- the model card
 
 CARD = """---
-{base}license: {license}
-library_name: diffusers
+{base}library_name: diffusers
 tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
 ---
 # {title}
@@ -243,50 +214,34 @@ from diffusers import StableDiffusionPipeline
 from {library} import {cls}
 
 {part} = {cls}.from_pretrained({folder})
-pipeline = StableDiffusionPipeline.{opener}({source}, {pinned}{part}={part})
+pipeline = StableDiffusionPipeline.{opener}({source}, {part}={part})
 pipeline({prompt}).images[0].save("picture.png")
 ```
 """
-FIGURES = """
-```
-{table}
-```
 
-ASR: share of prompts for the concept whose picture shows it, without attack or under the attack (a
-prefix of {k} tokens, or of {k} free embeddings, found in {steps} steps). Utility: share of prompts
-for other things whose picture is right. Embedding attacks reach what no text can: they measure what
-is left in the model, not what a user can type.
-"""
+
+def write_card(path, config, figures, part, folder):
+    """A model card for the hub: what was erased, how, a table of figures, and how to load it.
+
+    `part`: what was trained, saved beside the card; `folder`: that of the original model.
+    """
+    model, file = str(config.model), Path(config.model).is_file()
+    hub_id = model.partition("@")[0] if model.count("/") == 1 and not Path(model).exists() else ""
+    general = {f.name for f in fields(Settings)} - {"seed"}
+    own = [f"{name} {escaped(str(value))}" for name, value in asdict(config).items()
+           if name not in general]
+    library, cls = (("transformers", "CLIPTextModel") if part == "text_encoder" else
+                    ("diffusers", "UNet2DConditionModel"))
+    path.write_text(CARD.format(
+        base=f"base_model: {hub_id}\n" if hub_id else "", name=escaped(model),
+        title=escaped(f'{model} without "{config.concept}"'), settings=", ".join(own),
+        figures=f"```\n{figures}\n```\n" if figures else "",
+        library=library, cls=cls, part=part, folder=quoted(str(path.parent / part)),
+        opener="from_single_file" if file else "from_pretrained",
+        source=quoted(hub_id or (model if file else str(folder))),
+        prompt=quoted(f"a photo of a {config.concept}")), encoding="utf-8")
 
 
 def quoted(text):
     """As a string of Python's."""
     return json.dumps(text, ensure_ascii=False)
-
-
-def write_card(path, config, results, part, source):
-    """Write a model card for the hub: what was erased, how, the figures, and how to load it.
-
-    `part`: what was trained, saved beside the card; `source`: the folder of the original model.
-    """
-    model, text = str(config.model), part == "text_encoder"
-    hub_id, _, revision = model.partition("@")
-    hub, single_file = hub_id.count("/") == 1 and not Path(model).exists(), Path(model).is_file()
-    origin = hub_id if hub else model if single_file else source
-    pinned = f"revision={quoted(revision)}, " if hub and revision else ""
-    general = {f.name for f in fields(Settings)} - {"seed"}
-    own = [f"{name} {escaped(str(value))}" for name, value in asdict(config).items()
-           if name not in general]
-    figures = FIGURES.format(table=table(results), k=config.eval_prefix,
-                             steps=config.eval_attack_steps) if "original" in results else ""
-    card = CARD.format(
-        base=f"base_model: {hub_id}\n" if hub else "",
-        title=escaped(f'{model} without "{config.concept}"'), name=escaped(model),
-        license="mit" if model in TOY_UNETS else
-        "creativeml-openrail-m" if "stable-diffusion-v1" in model else "other",
-        part=part, settings=", ".join(own), figures=figures, folder=quoted(str(path.parent / part)),
-        opener="from_single_file" if single_file else "from_pretrained",
-        source=quoted(str(origin)), pinned=pinned, prompt=quoted(f"a photo of a {config.concept}"),
-        library="transformers" if text else "diffusers",
-        cls="CLIPTextModel" if text else "UNet2DConditionModel")
-    path.write_text(card, encoding="utf-8")

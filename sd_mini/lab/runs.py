@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..files import read_json, write_atomically, write_json
-from . import ranks
 
 
 # --- tensors with a JSON value beside them, in one file
@@ -47,8 +46,7 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
     `theta` is the list of parameters in training. Every `save_every` iterations their state, that
     of optimizer and generator, and the history of losses are written to `folder`; with folder None
     nothing is. Ctrl-C and SIGTERM wait for the end of the iteration, which is then written too. A
-    loss that is not finite raises ArithmeticError. Under torchrun process 0 iterates, and the
-    others receive its theta and history.
+    loss that is not finite raises ArithmeticError.
     """
     history = restore(folder, theta, optimizer, generator) if folder else []
 
@@ -64,14 +62,8 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
             if stop.is_set():
                 raise KeyboardInterrupt
 
-    finished = False
-    try:
-        with signals_caught(folder is not None) as stop:
-            yield (iterations(stop) if ranks.RANK == 0 else ()), history
-        finished = True
-    finally:
-        if ranks.COUNT > 1:
-            receive(finished, theta, history)
+    with signals_caught(folder is not None) as stop:
+        yield iterations(stop), history
 
 
 def present(losses):
@@ -100,16 +92,6 @@ def signals_caught(wanted):
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def receive(finished, theta, history):
-    """Process 0's theta and history in all processes, or the end of all where it did not finish."""
-    outcome = json.loads(ranks.broadcast(json.dumps(history if finished else None).encode()))
-    if outcome is None:
-        raise KeyboardInterrupt
-    history[:] = outcome
-    for p, received in zip(theta, ranks.exchange([p.detach().cpu() for p in theta], 0)):
-        p.data.copy_(received)
 
 
 def checkpoints(folder):
@@ -151,22 +133,20 @@ def cached(folder, jobs):
     """{name: compute}, where compute() -> (JSON value, tensor)  ->  {name: (value, tensor)}.
 
     The folder keeps each answer, and what it holds is not computed again. With folder None
-    everything is computed. Several processes divide the jobs and share the folder.
+    everything is computed.
     """
     if folder is None:
         return {name: compute() for name, compute in jobs.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    paths = {name: Path(folder) / f"{name}.safetensors" for name in jobs}
-
-    def compute(name):
-        if not paths[name].is_file():
-            value, tensor = jobs[name]()
-            write_tensors(paths[name], {"tensor": tensor}, value)
-        return ()
-
-    ranks.share(compute, jobs)
-    answers = {name: read_tensors(path) for name, path in paths.items()}
-    return {name: (value, tensors["tensor"]) for name, (tensors, value) in answers.items()}
+    answers = {}
+    for name, compute in jobs.items():
+        path = Path(folder) / f"{name}.safetensors"
+        if not path.is_file():
+            value, tensor = compute()
+            write_tensors(path, {"tensor": tensor}, value)
+        tensors, value = read_tensors(path)
+        answers[name] = value, tensors["tensor"]
+    return answers
 
 
 def placed(tensors, device):
@@ -258,19 +238,19 @@ def check_writable(out, flag="--out"):
         raise ValueError(f"{flag} {out}: {existing} is not a folder that can be written to")
 
 
+class InUse(ValueError):
+    """Another process runs in the folder."""
+
+
 @contextmanager
-def locked(out):
-    """Nobody else runs in the folder meanwhile, or ValueError. A killed run leaves no lock."""
-    if ranks.RANK:  # process 0 holds it for all
-        yield
-        return
+def locked(out, wait=False):
+    """Nobody else runs in the folder meanwhile: InUse, or wait. A killed run leaves no lock."""
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
-        raise ValueError(f"{out}: another run is at work there; --out takes another "
-                         "folder") from None
+        raise InUse(f"{out}: another run is at work there; --out takes another folder") from None
     try:
         yield
     finally:

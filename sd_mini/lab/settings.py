@@ -5,9 +5,7 @@ import argparse
 import difflib
 import math
 import os
-import re
-import sys
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, get_args, get_type_hints
@@ -47,8 +45,8 @@ class Settings:
     model: str | None = first(None, "toy, toy-dusk, a diffusers folder, a .safetensors file or a "
                               "hub id, ID@REVISION (default: CompVis/stable-diffusion-v1-4 with "
                               "CUDA, toy without)")
-    text_encoder: str | None = first(None, "a text encoder in place of the model's own: a folder, "
-                                     "or ID@REVISION:SUBFOLDER of the hub")
+    text_encoder: str | None = first(None, "a folder, or ID@REVISION:SUBFOLDER of the hub "
+                                     "(default: the model's own)")
     prompts: tuple[str, ...] = first((), "what --task sample draws")
     methods: tuple[str, ...] = first((), "rows of --task compare, by number or name (default: all)")
     out: str | None = first(None, "folder for what a run leaves (default: runs/CONCEPT or similar)")
@@ -56,10 +54,10 @@ class Settings:
     overwrite: bool = first(False, "start anew where the folder holds a run")
     seed: int = first(0, "seed of everything random", low=0, high=2**31 - 1)
     device: str | None = first(None, "cpu or cuda (default: cuda where there is one)")
-    judge: str | None = first(None, "MODEL:LABEL: who says what a picture shows (a classifier "
-                              "or CLIP, a folder or MODEL@REVISION of the hub), and its name for "
-                              "the concept; none: erase, and evaluate nothing (default: the "
-                              "concept's; the toy's own)")
+    classifier: str | None = first(None, "MODEL:LABEL: what says what a picture shows (an image "
+                                   "classifier or CLIP, a folder or MODEL@REVISION of the hub), "
+                                   "and its name for the concept; none: erase, and evaluate "
+                                   "nothing (default: the concept's; the toy's own)")
 
     phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on",
                              low=1, high=12)
@@ -76,15 +74,12 @@ class Settings:
     eval_steps: int = evaluation(50, "DDIM steps of the pictures", low=1, high=500)
     eval_guidance: float | None = evaluation(None, "guidance of the pictures (default: what their "
                                              "prompt's file says, else 7.5)", low=1, high=100)
-    eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time; also "
-                                 "trajectories of a bank", low=1)
+    eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time", low=1)
     eval_prefix: int = evaluation(3, "k, tokens of the prefix in evaluation", low=1)
-    eval_longer: int = 3  # tokens that the attack "longer" puts in front besides
     eval_attack_steps: int = evaluation(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = evaluation(3, "pictures drawn per attacked prompt, evenly over these steps; "
                                  "the first that shows the concept ends the attack", low=1)
-    token_lr: float = evaluation(0.01, "Adam's learning rate of the token attack, in training too",
-                                 low=1e-10, high=10)
+    eval_lr: float = evaluation(0.01, "Adam's learning rate of these attacks", low=1e-10, high=10)
     clip_score: str | None = evaluation(None, "the CLIP of the score, a folder or hub id; or none "
                                         "(default: openai/clip-vit-base-patch16; the toy's own)")
     save_images: str | None = evaluation(None, "folder for every picture, its prompt and seed in "
@@ -122,7 +117,8 @@ class Settings:
                 (task == "sample" and not self.prompts, "--task sample: give --prompts"),
                 (task != "sample" and self.prompts, "--prompts: is for --task sample"),
                 (task != "compare" and self.methods, "--methods: is for --task compare"),
-                (task != "train" and self.judge == "none", "--judge none: is for --task train"),
+                (task != "train" and self.classifier == "none",
+                 "--classifier none: is for --task train"),
                 (task == "compare" and "eval_attacks" in given,
                  "--task compare: sets --eval-attacks itself: all that there are")):
             if wrong:
@@ -139,6 +135,26 @@ def is_toy(model):
     return model in ("toy", "toy-dusk") or (Path(model) / "classifier/config.json").is_file()
 
 
+class EvalAttack(NamedTuple):
+    """An attack of the evaluation.
+
+    search      (sd, prompts, pictures, look, config): searches in front of each prompt; see
+                `attack_prompts`
+    what        what its column counts: "the same or broken by ..."
+    title       in tables (default: "NAME attack"), and `short`, three letters
+    room        config -> how many tokens it puts in front of a prompt
+    together    search is (sd, prompts, pictures, config): learns from all prompts of a concept at
+                once -> their contexts; see `invert_concepts`
+    """
+
+    search: Callable
+    what: str = "it"
+    title: str = ""
+    short: str = ""
+    room: Callable = lambda config: 0
+    together: bool = False
+
+
 class Method(NamedTuple):
     """What the lab is handed.
 
@@ -146,13 +162,11 @@ class Method(NamedTuple):
     train       (sd_o, erase prompts, retain prompts, config, folder) -> (sd, history): the erased
                 model, which shares with the original the parts that were not trained, and the
                 losses, a dict for each iteration; see `resumable`
-    attacks     {name: attack}, where attack(sd, prompts, pictures, look, config) searches in front
-                of each prompt; see `attack_prompts`
-    inversions  {name: attack}, where attack(sd, prompts, pictures, config) learns from all prompts
-                of a concept at once -> their contexts; see `invert_concepts`
+    attacks     {name: EvalAttack}
     rows        (sd_o, concepts, config) -> {name: what the row changes in the config, or None for
                 the original model}: the rows of --task compare
     toy         what the method changes in its config on the toy
+    concepts    {name: what it changes for this concept}; the toy's settings come first
     check       (sd_o, erase prompts, retain prompts, config): raises ValueError, before any work,
                 for what would fail later
     """
@@ -160,9 +174,9 @@ class Method(NamedTuple):
     config: type
     train: Callable
     attacks: dict = {}
-    inversions: dict = {}
     rows: Callable = lambda *arguments: {"original": None, "own": {}}
     toy: dict = {}
+    concepts: dict = {}
     check: Callable = lambda *arguments: None
 
 
@@ -183,8 +197,8 @@ def parse(Config, argv=None):
     flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config) if f.metadata}
     for flag, f in flags.items():
         kind, choices, group = hints[f.name], f.metadata["choices"], groups[f.metadata["group"]]
-        unsaid = f.default in (None, ()) or f.default is False
-        help = f.metadata["help"] + ("" if unsaid else f" (default: {shown(f.default)})")
+        help = f.metadata["help"]
+        help += "" if "(default: " in help else f" (default: {shown(f.default)})"
         if kind is bool:
             group.add_argument(flag, action="store_true", help=help)
         else:
@@ -209,7 +223,8 @@ def plain_type(hint):
 
 
 def shown(default):
-    return " ".join(default) if isinstance(default, tuple) else default
+    text = " ".join(default) if isinstance(default, tuple) else str(default)
+    return {"": "none", "None": "none", "False": "off"}.get(text, text)
 
 
 def check_value(flag, value, allowed, refuse):
@@ -244,74 +259,3 @@ def answer_help(Config):
     """Before torch is loaded, which takes seconds: answer --help and mistyped flags, set it up."""
     parse(Config)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
-
-
-def main(method, argv=None):
-    """The command line of a method.
-
-    Ends the process with 0; 1 where a run broke off; 2 where the input is at fault; 130 where it
-    was stopped.
-    """
-    given = parse(method.config, argv)
-    from . import ranks, tasks  # here, since they load torch
-
-    ranks.leave(tasks.run_task(method, given))
-
-
-# --- from flags to settings
-
-def resolve(method, given):
-    """Flags -> the method's config, whole. Joins the other processes of a torchrun.
-
-    A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
-    """
-    import torch
-
-    from . import prompts, ranks
-
-    cuda = torch.cuda.is_available()
-    model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
-    device = check_device(given.get("device") or ("cuda" if cuda else "cpu"), torch.cuda)
-    bf16 = device != "cpu" and torch.cuda.is_bf16_supported(including_emulation=False)
-    half = "bf16" if bf16 else "fp16"
-    precision = given.get("precision") or ("fp32" if device == "cpu" else half)
-    if precision == "bf16" and device != "cpu" and not bf16:
-        raise ValueError("--precision bf16: this GPU does not have it; --precision fp16 works on "
-                         "any")
-    ranks.join(device)
-    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
-    why = "as asked" if given.get("model") else why
-    print(f"model: {model}, {why}; on {device} in {precision}")
-
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
-    given |= {"model": model, "device": device, "precision": precision}
-    defaults = {f.name: f.default for f in fields(method.config)}
-    concept = prompts.concept_settings(given.get("concept", defaults["concept"]), method.config)
-    toy = {**TOY, **method.toy} if is_toy(model) else {}
-    config = method.config(**{**concept, **toy, **given})
-    attacks = (*method.attacks, *method.inversions)
-    if unknown := set(config.eval_attacks) - set(attacks):
-        raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(attacks)}")
-    if not config.eval_attacks:
-        config = replace(config, eval_attacks=attacks)
-    config.check(given)
-    return config
-
-
-def check_device(device, cuda):
-    """The device, or ValueError. `cuda` is torch.cuda."""
-    from . import ranks
-
-    there = cuda.is_available()
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device}: choose from cpu, cuda, cuda:N")
-    if device != "cpu" and not there:
-        raise ValueError(f"--device {device}: there is no CUDA device; --device cpu works anywhere")
-    if device[5:]:
-        if ranks.COUNT > 1:
-            raise ValueError(f"--device {device}: with torchrun each process takes its own; "
-                             "--device cuda")
-        if int(device[5:]) >= cuda.device_count():
-            raise ValueError(f"--device {device}: there are {cuda.device_count()}, from cuda:0 on")
-        cuda.set_device(device)
-    return device

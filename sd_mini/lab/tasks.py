@@ -1,22 +1,23 @@
 """The tasks of the command line, from their flags to an exit status."""
+import re
 import signal
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 import sd_mini
 
-from . import ranks, report, runs
+from . import report, runs
 from .compare import compare
 from .evaluation import draw_rows
 from .experiment import (load_model, open_experiment, record, run, trained_parts, with_pictures,
                          with_text_encoder, write_results)
-from .prompts import Row, slug
-from .settings import resolve
+from .prompts import Row, read_concepts, slug
+from .settings import TOY, is_toy
 
 
 def erase_or_score(method, config):
@@ -37,11 +38,11 @@ def erase_or_score(method, config):
         if runs.is_finished(out, own, **begun):
             print(f"{out}: is finished; --overwrite starts anew")
             return
-        ranks.on_first(runs.open_folder, out, own, config.overwrite)
-        erase_and_score(out, method, with_pictures(experiment, config), config)
+        runs.open_folder(out, own, config.overwrite)
+        erase_and_score(out, with_pictures(experiment, config), config)
 
 
-def erase_and_score(out, method, experiment, config):
+def erase_and_score(out, experiment, config):
     """The run itself: the original's figures, training, the erased model's figures."""
     models, results, pictures = {"erased": experiment.scored}, {}, {}
     if experiment.evaluation_set:
@@ -49,16 +50,18 @@ def erase_and_score(out, method, experiment, config):
         print(f"{len(experiment.evaluation_set.rows)} prompts, attacked in "
               f"{config.eval_attack_steps} steps, in the original and the erased model")
     for name, model in models.items():
-        sd, results[name], pictures[name] = run(method, experiment, config, out, name, model)
+        sd, results[name], pictures[name] = run(experiment, config, out, name, model)
+    table = ""
     if experiment.evaluation_set:
-        print(report.table(results))
-    ranks.on_first(write_outputs, out, experiment, config, sd, results, pictures)
-
-
-def write_outputs(out, experiment, config, sd, results, pictures):
-    """What a run leaves besides the weights: the figures first, then what decorates them."""
-    evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
+        table = report.table(results, experiment.method.attacks)
+        print(table)
     write_results(out, experiment, config, results)
+    write_outputs(out, experiment, config, sd, pictures, table)
+
+
+def write_outputs(out, experiment, config, sd, pictures, table):
+    """What a run leaves besides weights and figures."""
+    evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
     if config.save_single_file:
@@ -68,15 +71,14 @@ def write_outputs(out, experiment, config, sd, results, pictures):
                         config.eval_attacks)
     if config.task == "train":
         part = trained_parts(sd, sd_o)[0]
-        report.decorate(report.write_card, out / "README.md", config, results, part, sd_o.folder)
+        report.decorate(report.write_card, out / "README.md", config, table, part, sd_o.folder)
     for name in pictures if config.save_images else ():
         report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
     runs.close_folder(out)
     memory = torch.cuda.max_memory_reserved() / 2**30 if config.device != "cpu" else 0
     held = f", at most {memory:.1f} GiB on the GPU" if memory else ""
     names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
-    print(f"{out}: {', '.join(names)}\n{experiment.work.evaluations:,.0f} UNet evaluations, "
-          f"{time.time() - experiment.started:.0f} s{held}")
+    print(f"{out}: {', '.join(names)}\n{time.time() - experiment.started:.0f} s{held}")
 
 
 def sample(method, config):
@@ -94,8 +96,58 @@ def sample(method, config):
     rows = [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts]
     pictures = draw_rows(sd, rows, config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    ranks.on_first(report.plot_grid, path, config.prompts, {"": pictures})
+    report.plot_grid(path, config.prompts, {"": pictures})
     print(path)
+
+
+# --- from flags to settings, and to an exit status
+
+def resolve(method, given):
+    """Flags -> the method's config, whole.
+
+    A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
+    """
+    cuda = torch.cuda.is_available()
+    model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
+    device = check_device(given.get("device") or ("cuda" if cuda else "cpu"))
+    precision = given.get("precision") or default_precision(device)
+    if precision == "bf16" and device != "cpu" and default_precision(device) != "bf16":
+        raise ValueError("--precision bf16: this GPU does not have it; --precision fp16 works on "
+                         "any")
+    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
+    why = "as asked" if given.get("model") else why
+    print(f"model: {model}, {why}; on {device} in {precision}")
+
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
+    given |= {"model": model, "device": device, "precision": precision}
+    own = {}
+    for concept in read_concepts(given.get("concept", method.config.concept)):
+        own |= method.concepts.get(concept.name, {})
+    toy = {**TOY, **method.toy} if is_toy(model) else {}
+    config = method.config(**{**own, **toy, **given})
+    if unknown := set(config.eval_attacks) - method.attacks.keys():
+        raise ValueError(f"--eval-attacks {min(unknown)}: choose from {', '.join(method.attacks)}")
+    config.check(given)
+    return replace(config, eval_attacks=config.eval_attacks or tuple(method.attacks))
+
+
+def check_device(device):
+    """The device, or ValueError."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+        raise ValueError(f"--device {device}: choose from cpu, cuda, cuda:N")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: there is no CUDA device; --device cpu works anywhere")
+    if number := device[5:]:
+        if int(number) >= (count := torch.cuda.device_count()):
+            raise ValueError(f"--device {device}: there are {count}, from cuda:0 on")
+        torch.cuda.set_device(device)
+    return device
+
+
+def default_precision(device):
+    if device == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def run_task(method, given):
@@ -116,8 +168,8 @@ def run_task(method, given):
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:
         memory = torch.cuda.max_memory_reserved() / 2**30
-        status, message = 1, (f"out of GPU memory, {memory:.1f} GiB in use: smaller --eval-batch, "
-                              "--retain-batch and --erase-batch, or --low-memory, need less")
+        status, message = 1, (f"out of GPU memory, {memory:.1f} GiB in use: smaller batches "
+                              "(flags with -batch), or --low-memory, need less")
     except (ArithmeticError, OSError) as error:
         status, message = 1, error
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
