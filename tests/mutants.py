@@ -20,7 +20,7 @@ AT_ONCE, MAY_PASS = 2, 2
 A, E, P = "advunlearn.py", "sd_mini/lab/evaluation.py", "sd_mini/lab/prompts.py"
 C, J = "sd_mini/lab/compare.py", "sd_mini/lab/classifiers.py"  # J: the judges
 S, D = "sd_mini/schedule.py", "sd_mini/pipeline.py"  # D: Stable Diffusion itself
-H, G = "sd_mini/half.py", "sd_mini/graphs.py"
+H = "sd_mini/half.py"
 
 # Tests, as in "behaviour::test_name" or a file alone.
 LOSSES = "behaviour::test_each_loss_has_the_context_and_the_target_of_its_prompts"
@@ -32,7 +32,6 @@ RANDOM, LOOKS = (f"behaviour::{name}" for name in (
 RATE = "behaviour::test_each_attack_has_its_own_learning_rate_and_length"
 SEEDED = "behaviour::test_the_bank_and_the_loop_are_seeded_by_the_config"
 DRAWN = "behaviour::test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest"
-REPLAY = "waits::test_replays_give_the_networks_numbers_and_gradients"
 HANDED = "behaviour::test_the_configs_attack_is_handed_on"
 CLIPS = "differences::test_the_token_attack_clips_no_gradient_and_starts_at_random"
 GAMMA = "behaviour::test_gamma_weighs_the_retain_loss_in_the_gradient"
@@ -389,7 +388,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "guidance), t, t - 2 * stride", "sd_mini::test_guidance_one_is_the_conditional_model"),
     ("pipeline: pictures are not brought to [0, 1]", D, "(self.vae.decode(z) / 2 + 0.5)",
      "self.vae.decode(z)", "sd_mini::test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1"),
-    # --- half precision and CUDA graphs
+    # --- half precision
     ("half: gradients are not enlarged", H, "return grad * ctx.scale[0]", "return grad + 0 * "
      "ctx.scale[0]", "waits::test_rows_are_scaled_each_for_itself"),
     ("half: one scale for all rows", H, "grad.abs().flatten(1).amax(1)",
@@ -397,15 +396,6 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("half: gradients stay enlarged", H, "return grad.float() / ctx.scale[0]",
      "return grad.float() + 0 * ctx.scale[0]",
      "waits::test_prefix_gradients_in_float16_are_those_in_float32"),
-    ("graphs: an output is overwritten by the next", G, "replays[key](*inputs).clone()",
-     "replays[key](*inputs)", REPLAY),
-    ("graphs: a replay while another waits for its backward", G,
-     "if self.broken or replays[key] in self.waiting:", "if self.broken:", REPLAY),
-    ("graphs: shapes are not told apart", G, "key = tuple((x.shape, x.dtype,",
-     "key = tuple((x.dtype,", REPLAY),
-    ("graphs: what is replayed is not compared", G, "                raise RuntimeError(\"a replay",
-     "                print(\"a replay",
-     "waits::test_graphs_that_fail_are_left_out_with_a_word"),
     ("inner attack: reads its loss at each step", A, "        losses = loss_of(delta)\n",
      "        losses = loss_of(delta)\n        losses.sum().item()\n",
      "waits::test_no_step_of_the_inner_attack_reads_a_value[embedding]"),

@@ -35,7 +35,7 @@ def compare(method, config):
         shared = experiment.with_pictures(shared, config)
 
     def run(name):
-        gc.collect()  # the model of the row before, and the GPU memory of its graphs
+        gc.collect()  # the model of the row before
         own, folder = shared._replace(started=time.time()), folders[name]
         own.work.evaluations = 0
         with runs.locked(folder):
