@@ -3,7 +3,7 @@
     python -m sd_mini.toy.train --out my-toy    all stages; a stopped run goes on where it was
     python -m sd_mini.toy.train --check         the quality table of the embedded weights
 
-Stages:
+A program on top of the lab, whose training loop it takes, and no part of the model. Stages:
 
     tokenizer
     vae
