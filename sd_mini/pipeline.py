@@ -62,9 +62,9 @@ class StableDiffusion:
 
     def encode_prompt(self, prompts):
         """N prompts -> context (N, L, D)."""
-        return self.encode(self.tokenize(prompts))
+        return self.encode_tokens(self.tokenize(prompts))
 
-    def encode(self, tokens):
+    def encode_tokens(self, tokens):
         """Ids (N, L) or embeddings (N, L, D) -> context (N, L, D)."""
         return self.run(self.text_encoder, tokens)
 

@@ -12,7 +12,7 @@ ACTIVATIONS = {
 
 
 class TextEncoder(nn.Module):
-    """Call it as `sd.encode(ids)` or `sd.encode(embeddings)`.
+    """Call it as `sd.encode_tokens(ids)` or `sd.encode_tokens(embeddings)`.
 
     Attribute names are the published tensor names without their common prefix `text_model.`.
     Config keys are those of transformers' CLIPTextConfig.
