@@ -1,5 +1,4 @@
 """The autoencoder: pictures (B, 3, H, W) in [-1, 1] to latents (B, 4, H / f, W / f) and back."""
-import torch
 import torch.nn.functional as F
 from torch import nn
 
