@@ -14,7 +14,7 @@ UNet, VAE and schedule. It is used mostly through these calls, N prompts or pict
     sd.predict_noise(x_t, t, context)   -> eps_theta(x_t | c), like x_t
     sd.denoise(x_T, context, ...)       the sampler: yields t, x_t, eps_c, eps_empty at each step
     sd.schedule.add_noise(x_0, eps, t)  -> x_t
-    sd.encode(sd.tokenize(prompts))     -> context, from ids (N, L) or embeddings (N, L, D)
+    sd.encode_tokens(ids)               -> context, of ids (N, L) or embeddings (N, L, D)
 
 Notation
     theta, theta_o  the weights in training; the original, frozen ones. In code: `sd` and `sd_o`
@@ -266,7 +266,7 @@ def tokenize_with_room(sd, prompts, k):
 def encode_with_prefix(sd, ids, delta):
     """ids (N, L) and prefix embeddings delta (N, k, D) -> context (N, L, D)."""
     embeddings = sd.text_encoder.embeddings.token_embedding(ids)
-    return sd.encode(insert_prefix(embeddings, delta))
+    return sd.encode_tokens(insert_prefix(embeddings, delta))
 
 
 def attack_loss(sd, x_t, t, context, eps_c):
@@ -451,7 +451,7 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
 
             # attack: c* = [delta, c]; if plain, c itself
             if plain:
-                context, l_attack = sd.encode(ids[z.prompt]), None
+                context, l_attack = sd.encode_tokens(ids[z.prompt]), None
             else:
                 delta, l_attack = adversarial_prefix(sd, ids, others, attack, generator)
                 context = encode_with_prefix(sd, ids[z.prompt], delta)
@@ -462,7 +462,7 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
 
             # retain; with gamma 0 only to be plotted
             with torch.set_grad_enabled(config.retain_weight > 0):
-                context = sd.encode(retain_ids[z_r.prompt])
+                context = sd.encode_tokens(retain_ids[z_r.prompt])
                 l_retain = retain_loss(sd, z_r.x_t, z_r.t, context, z_r.eps_c).mean()
 
             # step
@@ -544,7 +544,7 @@ def inversion_attack(sd, prompts, pictures, config):
     x_0 = torch.cat([sd.vae.encode(2 * part - 1) for part in pictures.split(config.eval_batch)])
 
     def encode(ids, v):
-        return sd.encode(torch.where((ids == star)[..., None], v, table[ids]))
+        return sd.encode_tokens(torch.where((ids == star)[..., None], v, table[ids]))
 
     attack = Attack("embedding", config.eval_attack_steps, config.eval_lr, k=1)
     n = min(len(prompts), config.eval_batch)

@@ -1,7 +1,4 @@
-"""The convolutional blocks that the UNet and the VAE share.
-
-Attribute names are the published tensor names.
-"""
+"""The convolutional blocks that the UNet and the VAE share."""
 import torch.nn.functional as F
 from torch import nn
 
@@ -33,10 +30,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the resolution with a strided convolution.
-
-    The UNet pads all four sides, the VAE only right and bottom.
-    """
+    """Halve the resolution. The UNet pads all four sides, the VAE only right and bottom."""
 
     def __init__(self, channels, padding=1):
         super().__init__()

@@ -9,102 +9,47 @@ import re
 
 HONOURED = {  # part -> key -> the reference's default
     "scheduler": dict(
-        num_train_timesteps=1000,
-        beta_start=0.0001,
-        beta_end=0.02,
-        beta_schedule="linear",
-        prediction_type="epsilon",
-        timestep_spacing="leading",
-        steps_offset=0,
-        set_alpha_to_one=True,
-    ),
+        num_train_timesteps=1000, beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+        prediction_type="epsilon", timestep_spacing="leading", steps_offset=0,
+        set_alpha_to_one=True),
     "text_encoder": dict(
-        vocab_size=49408,
-        hidden_size=512,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=8,
-        max_position_embeddings=77,
-        hidden_act="quick_gelu",
-        layer_norm_eps=1e-5,
-    ),
+        vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
+        num_attention_heads=8, max_position_embeddings=77, hidden_act="quick_gelu",
+        layer_norm_eps=1e-5),
     "unet": dict(
-        sample_size=None,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(320, 640, 1280, 1280),
+        sample_size=None, in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280, 1280),
         down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
         up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-        layers_per_block=2,
-        norm_num_groups=32,
-        norm_eps=1e-5,
-        cross_attention_dim=1280,
-        attention_head_dim=8,
-        use_linear_projection=False,
-    ),
+        layers_per_block=2, norm_num_groups=32, norm_eps=1e-5, cross_attention_dim=1280,
+        attention_head_dim=8, use_linear_projection=False),
     "vae": dict(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(64,),
-        down_block_types=("DownEncoderBlock2D",),
-        up_block_types=("UpDecoderBlock2D",),
-        layers_per_block=1,
-        norm_num_groups=32,
-        scaling_factor=0.18215,
-    ),
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(64,),
+        down_block_types=("DownEncoderBlock2D",), up_block_types=("UpDecoderBlock2D",),
+        layers_per_block=1, norm_num_groups=32, scaling_factor=0.18215),
 }
 ONLY = {  # part -> key -> the values that are computed here; a list has one of them for each level
     "scheduler": dict(
-        beta_schedule=["linear", "scaled_linear"],
-        prediction_type=["epsilon", "v_prediction"],
-        timestep_spacing=["leading", "linspace", "trailing"],
-        clip_sample=[False],
-        thresholding=[False],
-        rescale_betas_zero_snr=[False],
-        predict_epsilon=[True],
-        timestep_type=["discrete"],
-        use_flow_sigmas=[False],
-        use_dynamic_shifting=[False],
-    ),
+        beta_schedule=["linear", "scaled_linear"], prediction_type=["epsilon", "v_prediction"],
+        timestep_spacing=["leading", "linspace", "trailing"], timestep_type=["discrete"],
+        clip_sample=[False], thresholding=[False], rescale_betas_zero_snr=[False],
+        predict_epsilon=[True], use_flow_sigmas=[False], use_dynamic_shifting=[False]),
     "text_encoder": dict(
-        model_type=["clip_text_model"],
-        hidden_act=["quick_gelu", "gelu"],
-        pruned_heads=[{}],
-    ),
+        model_type=["clip_text_model"], hidden_act=["quick_gelu", "gelu"], pruned_heads=[{}]),
     "unet": dict(
         down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
         up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-        mid_block_type=["UNetMidBlock2DCrossAttn"],
-        act_fn=["silu"],
-        flip_sin_to_cos=[True],
-        freq_shift=[0],
-        center_input_sample=[False],
-        only_cross_attention=[False],
-        mid_block_only_cross_attention=[None, False],
-        dual_cross_attention=[False],
-        transformer_layers_per_block=[1],
-        attention_type=["default"],
-        downsample_padding=[1],
-        mid_block_scale_factor=[1],
-        conv_in_kernel=[3],
-        conv_out_kernel=[3],
-        time_embedding_type=["positional"],
-        class_embeddings_concat=[False],
-        resnet_time_scale_shift=["default"],
-        resnet_skip_time_act=[False],
-        resnet_out_scale_factor=[1],
-    ),
+        mid_block_type=["UNetMidBlock2DCrossAttn"], act_fn=["silu"], flip_sin_to_cos=[True],
+        freq_shift=[0], center_input_sample=[False], only_cross_attention=[False],
+        mid_block_only_cross_attention=[None, False], dual_cross_attention=[False],
+        transformer_layers_per_block=[1], attention_type=["default"], downsample_padding=[1],
+        mid_block_scale_factor=[1], conv_in_kernel=[3], conv_out_kernel=[3],
+        time_embedding_type=["positional"], class_embeddings_concat=[False],
+        resnet_time_scale_shift=["default"], resnet_skip_time_act=[False],
+        resnet_out_scale_factor=[1]),
     "vae": dict(
-        in_channels=[3],
-        out_channels=[3],
-        down_block_types=["DownEncoderBlock2D"],
-        up_block_types=["UpDecoderBlock2D"],
-        act_fn=["silu"],
-        use_quant_conv=[True],
-        use_post_quant_conv=[True],
-        mid_block_add_attention=[True],
-    ),
+        in_channels=[3], out_channels=[3], down_block_types=["DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D"], act_fn=["silu"], use_quant_conv=[True],
+        use_post_quant_conv=[True], mid_block_add_attention=[True]),
 }
 NO_EFFECT = {  # part -> keys that change nothing here, whatever they say
     # Settings of other samplers: here DDIM draws all pictures. The rest belongs to clip_sample and
@@ -201,11 +146,7 @@ def dependent(part, config):
 
 
 def heads_of(config):
-    """The attention heads of each level of the UNet.
-
-    Published configs call it attention_head_dim, but it is the number of heads: one for all levels,
-    or a list.
-    """
+    """Each level's attention heads: attention_head_dim counts heads, one for all or a list."""
     heads = config["attention_head_dim"]
     return [heads] * len(config["block_out_channels"]) if isinstance(heads, int) else heads
 

@@ -7,37 +7,32 @@ that are not trained no other gradient is wanted.
 import torch
 
 
-class Enlarge(torch.autograd.Function):
-    """The same forward. Backward: times a power of two that makes each row's largest about 1."""
-
-    @staticmethod
-    def forward(ctx, out, scale):
-        ctx.scale = scale
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx, grad):
-        largest = grad.abs().flatten(1).amax(1).clamp(min=1e-30)
-        ctx.scale[:] = [torch.exp2(-largest.log2().round())]  # on the device: nobody waits for it
-        return grad * ctx.scale[0].view(-1, *[1] * (grad.dim() - 1)), None
-
-
-class Reduce(torch.autograd.Function):
-    """The same forward, in float16. Backward: in float32, divided by what `Enlarge` multiplied."""
-
-    @staticmethod
-    def forward(ctx, x, scale):
-        ctx.scale = scale
-        return x.half()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad.float() / ctx.scale[0].view(-1, *[1] * (grad.dim() - 1)), None
-
-
 def scaled_gradients(dtype):
-    """-> (enter, leave), to be put around a network of that dtype; at other dtypes a plain cast."""
+    """-> (enter, leave), to be put around a network of that dtype; at other dtypes a plain cast.
+
+    Each row's gradient is enlarged by the power of two that makes its largest value about 1.
+    """
     if dtype != torch.float16:
         return lambda x: x.to(dtype), lambda out: out
-    scale = []
-    return (lambda x: Reduce.apply(x, scale)), (lambda out: Enlarge.apply(out, scale))
+    scale = []  # of the rows, (B, 1), once the backward has begun
+
+    def enlarge(grad):
+        largest = grad.abs().flatten(1).amax(1, keepdim=True).clamp(min=1e-30)
+        scale[:] = [torch.exp2(-largest.log2().round())]  # on the device: nobody waits for it
+        return (grad.flatten(1) * scale[0]).view_as(grad)
+
+    def reduce(grad):
+        return (grad.flatten(1) / scale[0]).view_as(grad)
+
+    def enter(x):
+        x = x.float().view_as(x)  # a tensor of its own, whose gradient is in float32
+        if x.requires_grad:
+            x.register_hook(reduce)
+        return x.half()
+
+    def leave(out):
+        if out.requires_grad:
+            out.register_hook(enlarge)
+        return out
+
+    return enter, leave

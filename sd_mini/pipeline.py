@@ -30,7 +30,7 @@ class StableDiffusion:
     schedule: Schedule
     folder: Path | None = None  # the tokenizer and the configs came from here
     precision: torch.dtype = torch.float32  # of what is not trained
-    run: Callable = call  # how a network is run on tensors: see graphs.py
+    run: Callable = call  # how a network is run on tensors; the lab counts here
 
     @property
     def device(self):
@@ -52,19 +52,15 @@ class StableDiffusion:
 
     def tokenize(self, prompts):
         """N prompts -> (N, L) ids: start, prompt, end, padding. A longer prompt is cut."""
-        return self.tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=self.context_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(self.device)
+        tokens = self.tokenizer(list(prompts), padding="max_length", truncation=True,
+                                max_length=self.context_length, return_tensors="pt")
+        return tokens.input_ids.to(self.device)
 
     def encode_prompt(self, prompts):
         """N prompts -> context (N, L, D)."""
-        return self.encode(self.tokenize(prompts))
+        return self.encode_tokens(self.tokenize(prompts))
 
-    def encode(self, tokens):
+    def encode_tokens(self, tokens):
         """Ids (N, L) or embeddings (N, L, D) -> context (N, L, D)."""
         return self.run(self.text_encoder, tokens)
 
@@ -85,14 +81,9 @@ class StableDiffusion:
         return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
 
     def initial_noise(self, seeds):
-        """N seeds -> (N, 4, h, w), one x_T per seed.
-
-        The CPU draws it, so it is the same on every device and in every batch.
-        """
-        noise = [
-            torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ]
+        """N seeds -> x_T (N, 4, h, w). The CPU draws it: alike on each device, in each batch."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = [torch.randn(self.latent_shape, generator=each) for each in generators]
         return torch.stack(noise).to(self.device)
 
     def denoise(self, x_t, context, steps, guidance):
@@ -107,9 +98,8 @@ class StableDiffusion:
         for t in timesteps:
             eps_c, eps_empty = self.predict_noise(torch.cat([x_t, x_t]), t, both).chunk(2)
             yield t, x_t, eps_c, eps_empty
-            x_t = self.schedule.ddim_step(
-                x_t, self.schedule.guide(eps_c, eps_empty, guidance), t, t - stride
-            )
+            eps = self.schedule.guide(eps_c, eps_empty, guidance)
+            x_t = self.schedule.ddim_step(x_t, eps, t, t - stride)
         yield 0, x_t, None, None
 
     @torch.no_grad()

@@ -5,14 +5,11 @@ from torch import nn
 
 from .configs import complete
 
-ACTIVATIONS = {
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # SD 1.x
-    "gelu": F.gelu,  # SD 2.x
-}
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}  # SD 1.x, 2.x
 
 
 class TextEncoder(nn.Module):
-    """Call it as `sd.encode(ids)` or `sd.encode(embeddings)`.
+    """Call it as `sd.encode_tokens(ids)` or `sd.encode_tokens(embeddings)`.
 
     Attribute names are the published tensor names without their common prefix `text_model.`.
     Config keys are those of transformers' CLIPTextConfig.
@@ -28,8 +25,7 @@ class TextEncoder(nn.Module):
         self.embeddings.position_embedding = embedding(config["max_position_embeddings"], width)
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(
-            Layer(config) for _ in range(config["num_hidden_layers"])
-        )
+            Layer(config) for _ in range(config["num_hidden_layers"]))
         self.final_layer_norm = nn.LayerNorm(width, config["layer_norm_eps"])
 
     def forward(self, tokens):
@@ -83,9 +79,7 @@ class SelfAttention(nn.Module):
         self.q_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
 
     def forward(self, h):
-        q, k, v = (
-            p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for p in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (p(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
         h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, L, D / heads)
         return self.out_proj(h.transpose(1, 2).flatten(2))

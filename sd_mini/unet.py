@@ -1,7 +1,4 @@
-"""The noise predictor eps_theta(x_t | c): a UNet with cross-attention to the prompt.
-
-Its `config.json` sets its sizes.
-"""
+"""The noise predictor eps_theta(x_t | c): a UNet with cross-attention to the prompt."""
 import math
 from functools import partial
 
@@ -52,16 +49,11 @@ class UNet(nn.Module):
         self.down_blocks = nn.ModuleList()
         c, skips = widths[0], [widths[0]]  # `skips`: widths of the outputs that the up blocks reuse
         for level, (width, kind) in enumerate(zip(widths, config["down_block_types"])):
-            last = level == len(widths) - 1
+            last, crossing = level == len(widths) - 1, kind == "CrossAttnDownBlock2D"
             self.down_blocks.append(Level(
                 resnets=[resnet(c_in, width) for c_in in [c] + [width] * (layers - 1)],
-                attentions=(
-                    [attention(level) for _ in range(layers)]
-                    if kind == "CrossAttnDownBlock2D"
-                    else []
-                ),
-                downsamplers=[] if last else [Downsample(width)],
-            ))
+                attentions=[attention(level) for _ in range(layers) if crossing],
+                downsamplers=[] if last else [Downsample(width)]))
             skips += [width] * (layers if last else layers + 1)
             c = width
 
@@ -69,16 +61,11 @@ class UNet(nn.Module):
 
         self.up_blocks = nn.ModuleList()
         for level, kind in zip(reversed(range(len(widths))), config["up_block_types"]):
-            width = widths[level]
+            width, crossing = widths[level], kind == "CrossAttnUpBlock2D"
             self.up_blocks.append(Level(
                 resnets=[resnet(c_in + skips.pop(), width) for c_in in [c] + [width] * layers],
-                attentions=(
-                    [attention(level) for _ in range(layers + 1)]
-                    if kind == "CrossAttnUpBlock2D"
-                    else []
-                ),
-                upsamplers=[Upsample(width)] if level else [],
-            ))
+                attentions=[attention(level) for _ in range(layers + 1) if crossing],
+                upsamplers=[Upsample(width)] if level else []))
             c = width
 
         self.conv_norm_out = nn.GroupNorm(groups, c, eps)
@@ -134,14 +121,11 @@ class SpatialTransformer(nn.Module):
         super().__init__()
         # SD 1.x projects with 1x1 convolutions, SD 2.x with linear layers. Both compute the same.
         self.linear = linear
+        projection = nn.Linear if linear else partial(nn.Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_in = projection(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, c_context)])
-        self.proj_out = (
-            nn.Linear(channels, channels) if linear else nn.Conv2d(channels, channels, 1)
-        )
+        self.proj_out = projection(channels, channels)
 
     def forward(self, x, context):
         height = x.shape[2]
@@ -157,10 +141,7 @@ class SpatialTransformer(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the context, gated perceptron.
-
-    Each starts with a norm and adds its result to its input.
-    """
+    """Self-attention, cross-attention, gated perceptron: each after a norm, added to its input."""
 
     def __init__(self, channels, heads, c_context):
         super().__init__()
@@ -194,10 +175,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """GEGLU (Shazeer 2020).
-
-    The published names `net.0.proj` and `net.2` leave `net.1` for a dropout.
-    """
+    """GEGLU (Shazeer 2020). The published names leave `net.1` for a dropout."""
 
     def __init__(self, channels):
         super().__init__()

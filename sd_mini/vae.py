@@ -1,5 +1,4 @@
 """The autoencoder: pictures (B, 3, H, W) in [-1, 1] to latents (B, 4, H / f, W / f) and back."""
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -35,17 +34,19 @@ class VAE(nn.Module):
 
     def decode(self, z):
         """z (B, 4, h, w), scaled -> picture (B, 3, H, W), about [-1, 1]."""
-        return self.decoder(
-            self.post_quant_conv((z / self.scaling_factor).to(self.quant_conv.weight.dtype))
-        ).float()
+        z = (z / self.scaling_factor).to(self.quant_conv.weight.dtype)
+        return self.decoder(self.post_quant_conv(z)).float()
+
+
+def resnets(c_in, width, groups, n):
+    """n blocks in a row, (B, c_in, h, w) -> (B, width, h, w)."""
+    return [ResnetBlock(c, width, groups, EPS) for c in [c_in] + [width] * (n - 1)]
 
 
 def middle(channels, groups):
     """resnet -> attention -> resnet at the lowest resolution."""
-    return Level(
-        resnets=[ResnetBlock(channels, channels, groups, EPS) for _ in range(2)],
-        attentions=[SpatialAttention(channels, groups)],
-    )
+    return Level(resnets=resnets(channels, channels, groups, 2),
+                 attentions=[SpatialAttention(channels, groups)])
 
 
 def through_middle(block, h):
@@ -60,15 +61,10 @@ class Encoder(nn.Module):
         self.down_blocks = nn.ModuleList()
         c = widths[0]
         for level, width in enumerate(widths):
-            resnets = [
-                ResnetBlock(c if i == 0 else width, width, groups, EPS)
-                for i in range(config["layers_per_block"])
-            ]
             last = level == len(widths) - 1
             self.down_blocks.append(Level(
-                resnets=resnets,
-                downsamplers=[] if last else [Downsample(width, padding=0)],
-            ))
+                resnets=resnets(c, width, groups, config["layers_per_block"]),
+                downsamplers=[] if last else [Downsample(width, padding=0)]))
             c = width
         self.mid_block = middle(c, groups)
         self.conv_norm_out = nn.GroupNorm(groups, c, EPS)
@@ -93,15 +89,10 @@ class Decoder(nn.Module):
         self.up_blocks = nn.ModuleList()
         c = widths[0]
         for level, width in enumerate(widths):
-            resnets = [
-                ResnetBlock(c if i == 0 else width, width, groups, EPS)
-                for i in range(config["layers_per_block"] + 1)
-            ]
             last = level == len(widths) - 1
             self.up_blocks.append(Level(
-                resnets=resnets,
-                upsamplers=[] if last else [Upsample(width)],
-            ))
+                resnets=resnets(c, width, groups, config["layers_per_block"] + 1),
+                upsamplers=[] if last else [Upsample(width)]))
             c = width
         self.conv_norm_out = nn.GroupNorm(groups, c, EPS)
         self.conv_out = nn.Conv2d(c, config["out_channels"], 3, padding=1)

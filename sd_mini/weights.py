@@ -51,11 +51,11 @@ def load(model="toy", device="cpu", dtype=torch.float32, tokenizer=None):
     schedule = read_config(Schedule, "scheduler", folder / "scheduler/scheduler_config.json")
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_fit(networks, tokenizer, places)
-    if path.is_file():
-        fill_from_file(networks, path, device, dtype)
-    else:
-        for part, network in networks.items():
-            fill_from_folder(network, places[part], part, device, precision(part, dtype))
+    names = original_names(path, networks) if path.is_file() else NAMES
+    for part, network in networks.items():
+        files = [path] if path.is_file() else weight_files(places[part], part)
+        exact = part == "text_encoder"  # rounded and widened again it would be another
+        fill(network, files, device, torch.float32 if exact else dtype, names.get(part))
     return StableDiffusion(
         tokenizer, schedule=schedule, folder=folder, precision=dtype, **networks)
 
@@ -103,11 +103,6 @@ def check_fit(networks, tokenizer, places):
                              f"{wanted}, so these are parts of different models")
 
 
-def precision(part, dtype):
-    """The text encoder is read in float32: rounded and widened again it would be another."""
-    return torch.float32 if part == "text_encoder" else dtype
-
-
 def load_text_encoder(source, device="cpu"):
     """Anyone's text encoder: a folder (also one that holds `text_encoder/`), or a hub id.
 
@@ -121,7 +116,7 @@ def load_text_encoder(source, device="cpu"):
 def load_part(folder, part, device="cpu", dtype=torch.float32):
     """One network from its folder, frozen: every tensor in its place and none besides."""
     network = build(part, Path(folder))
-    fill_from_folder(network, Path(folder), part, device, dtype)
+    fill(network, weight_files(Path(folder), part), device, dtype, NAMES.get(part))
     return network
 
 
@@ -168,8 +163,7 @@ def find_folder(source, parts):
 def download(hub_id, revision, subfolder, parts):
     """The files needed, and only them, into the hub's cache; what is there is not fetched again."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import (HfHubHTTPError, HFValidationError,
-                                       LocalEntryNotFoundError)
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(*patterns):
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
@@ -187,24 +181,23 @@ def download(hub_id, revision, subfolder, parts):
                     break
         return folder
     except LocalEntryNotFoundError:
-        raise ValueError(f"{hub_id}: no such folder here, and the hub cannot be reached (or "
-                         "HF_HUB_OFFLINE is set) while its files are not in the cache; connect "
-                         "once, or give a folder") from None
+        why = ("the hub cannot be reached (or HF_HUB_OFFLINE is set) while its files are not in "
+               "the cache; connect once, or give a folder")
     except (HfHubHTTPError, HFValidationError) as error:
-        raise ValueError(f"{hub_id}: no such folder here, and the hub says: "
-                         f"{str(error).splitlines()[0]}; check the name, or log in where it asks "
-                         "for consent") from None
+        why = (f"the hub says: {str(error).splitlines()[0]}; check the name, or log in where it "
+               "asks for consent")
+    raise ValueError(f"{hub_id}: no such folder here, and {why}")
 
 
-def weight_files(folder, stem):
+def weight_files(folder, part):
     """The safetensors files of a part: one, a half-precision one, or the shards of an index."""
+    stem = PARTS[part][1]
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (folder / name).is_file():
             return [folder / name]
-    for index in sorted(folder.glob(f"{stem}*.index*.json")):
-        if "safetensors" in index.name:
-            shards = set(read_json(index)["weight_map"].values())
-            return [folder / Path(name).name for name in sorted(shards)]
+    for index in sorted(folder.glob(f"{stem}*.safetensors.index*.json")):
+        shards = set(read_json(index)["weight_map"].values())
+        return [folder / Path(name).name for name in sorted(shards)]
     if pickles := [path.name for path in sorted(folder.glob("*"))
                   if path.suffix in PICKLES and path.is_file()]:
         raise ValueError(f"{folder}: holds {pickles[0]} alone, a pickle, which can run code when "
@@ -215,9 +208,6 @@ def weight_files(folder, stem):
 
 def check_pipeline(folder):
     """Refuse by name what is not Stable Diffusion 1.x or 2.x."""
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder}: no model_index.json there, so not a folder in the diffusers "
-                         "layout")
     index = read_json(folder / "model_index.json")
     kind = index.get("_class_name") if isinstance(index, dict) else None
     if kind != "StableDiffusionPipeline":
@@ -227,8 +217,8 @@ def check_pipeline(folder):
 
 # --- reading
 
-def read_tensors(files, device, dtype, rename=None):
-    """safetensors files -> {name: tensor}.
+def read_tensors(files, device, dtype, rename):
+    """safetensors files -> {name: tensor}; those that `rename` gives no name are left out.
 
     The file is opened anew for each tensor: neither a second copy nor its pages pile up.
     """
@@ -254,11 +244,7 @@ def tensor_names(path):
 
 
 def text_encoder_name(name):
-    """With and without `text_model.`.
-
-    Left out are the table 0, 1, 2, ... of old files, and CLIP's projection, which CLIPTextModel,
-    the text encoder of Stable Diffusion, does not have.
-    """
+    """Without `text_model.`; None for position_ids and CLIP's projection, which are not needed."""
     name = name.removeprefix("text_model.")
     return None if name in ("embeddings.position_ids", "text_projection.weight") else name
 
@@ -266,15 +252,15 @@ def text_encoder_name(name):
 def vae_name(name):
     """Attention as it was called in 2022."""
     new = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return re.sub(r"(attentions\.0)\.(query|key|value|proj_attn)\b",
-                  lambda match: f"{match[1]}.{new[match[2]]}", name)
+    return re.sub(rf"(?<=attentions\.0\.)({'|'.join(new)})\b", lambda old: new[old[0]], name)
 
 
-DIFFUSERS_NAMES = {"text_encoder": text_encoder_name, "vae": vae_name}
+NAMES = {"text_encoder": text_encoder_name, "vae": vae_name}  # diffusers' -> those here
 
 
-def fill(network, tensors, source):
-    """Put tensors into a network on the `meta` device, and freeze it. Errors name `source`."""
+def fill(network, files, device, dtype=torch.float32, rename=None):
+    """Read files into a network on the `meta` device, every tensor in its place, and freeze it."""
+    tensors, source = read_tensors(files, device, dtype, rename), files[0]
     expected = {name: tensor.shape for name, tensor in network.state_dict().items()}
     both = expected.keys() & tensors.keys()
     for name in both:  # a 1x1 convolution (out, in, 1, 1) where a linear layer stands here
@@ -293,14 +279,8 @@ def fill(network, tensors, source):
     network.requires_grad_(False).eval()
 
 
-def fill_from_folder(network, folder, part, device, dtype):
-    stem = PARTS[part][1]
-    tensors = read_tensors(weight_files(folder, stem), device, dtype, DIFFUSERS_NAMES.get(part))
-    fill(network, tensors, folder / f"{stem}.safetensors")
-
-
-def fill_from_file(networks, path, device, dtype):
-    """From a checkpoint in the original layout."""
+def original_names(path, networks):
+    """{part: a function, original name -> name here or None} for a file in the original layout."""
     there = tensor_names(path)
     for start, what in (("conditioner.", "an SDXL checkpoint"),
                         ("cond_stage_model.model.", "a Stable Diffusion 2.x single file; take the "
@@ -313,10 +293,8 @@ def fill_from_file(networks, path, device, dtype):
     if extra := [name for name in there
                  if original.current(name) not in known and not original.IGNORED.match(name)]:
         raise ValueError(f"{path}: tensor {min(extra)} does not belong there ({len(extra)} such)")
-    for part, network in networks.items():
-        tensors = read_tensors([path], device, precision(part, dtype),
-                               lambda name: names[part].get(original.current(name)))
-        fill(network, tensors, path)
+    return {part: lambda name, table=table: table.get(original.current(name))
+            for part, table in names.items()}
 
 
 # --- writing
@@ -328,10 +306,14 @@ def save_part(network, folder, part, dtype=torch.float32):
     folder.mkdir(parents=True, exist_ok=True)
     config = {k: v for k, v in network.config.items() if k not in ("dtype", "torch_dtype")}
     write_json(folder / "config.json", config)
-    tensors = {prefix + name: tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in network.state_dict().items()}
-    write_atomically(folder / f"{stem}.safetensors",
-                     lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    tensors = {prefix + name: tensor for name, tensor in network.state_dict().items()}
+    write_tensors(folder / f"{stem}.safetensors", tensors, dtype)
+
+
+def write_tensors(path, tensors, dtype):
+    tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
+               for name, tensor in tensors.items()}
+    write_atomically(path, lambda place: save_file(tensors, place, {"format": "pt"}))
 
 
 def fingerprint(network):
@@ -343,10 +325,7 @@ def fingerprint(network):
 
 
 def save_pipeline(sd, folder):
-    """Write a whole pipeline in the diffusers layout.
-
-    Tokenizer and scheduler are copied from where `sd` came from.
-    """
+    """Write a whole pipeline in the diffusers layout; tokenizer and scheduler are copied."""
     folder = Path(folder)
     for part in PARTS:
         save_part(getattr(sd, part), folder / part, part)
@@ -358,8 +337,7 @@ def save_pipeline(sd, folder):
 def save_single_file(sd, path, dtype=torch.float32):
     """Write one .safetensors in the original layout, as web interfaces open it.
 
-    For Stable Diffusion 1.x. The file holds no configs: who opens it takes those of v1, among them
-    a scaling factor of 0.18215.
+    The file holds no configs: who opens it takes those of Stable Diffusion 1.x.
     """
     if (sd.schedule.predicts_v or sd.unet.config["use_linear_projection"]
             or sd.text_encoder.config["hidden_act"] != "quick_gelu"):
@@ -367,10 +345,7 @@ def save_single_file(sd, path, dtype=torch.float32):
                          "original layout is written for 1.x only; save_pipeline writes a folder")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = original.tensors({part: getattr(sd, part) for part in PARTS})
-    tensors = {name: tensor.detach().to("cpu", dtype).contiguous()
-               for name, tensor in found.items()}
-    write_atomically(path, lambda place: save_file(tensors, place, metadata={"format": "pt"}))
+    write_tensors(path, original.tensors({part: getattr(sd, part) for part in PARTS}), dtype)
 
 
 def write_index(folder):

@@ -8,6 +8,7 @@ picture through the UNet once. A backward through frozen weights is 1.07 of them
 Diffusion's own size need CUDA. They need no download: random weights cost what trained ones cost.
 """
 import argparse
+import copy
 import gc
 import math
 import platform
@@ -26,8 +27,6 @@ from tqdm import tqdm
 
 import advunlearn as au
 import sd_mini
-from sd_mini.graphs import Graphs
-from sd_mini.pipeline import call
 from sd_mini.unet import UNet
 from sd_mini.weights import PARTS
 
@@ -167,8 +166,7 @@ def v1(dtype):
         parts = {part: PARTS[part][0](config).requires_grad_(False).to(dtype)
                  for part, config in V1.items()}
     parts["text_encoder"].float()
-    run = Graphs() if GPU == "cuda" else call
-    return replace(sd_mini.load("toy"), **parts, precision=dtype, run=run)
+    return replace(sd_mini.load("toy"), **parts, precision=dtype)
 
 
 def spread(values):
@@ -217,16 +215,13 @@ def bench_limit(repeats=5):
 
 
 def against_limit(sd, config, repeats, width):
-    """Time an iteration and its FLOPs' worth of matrix products -> the row's text and goal.
-
-    FLOPs are counted without CUDA graphs, whose replays nobody sees.
-    """
-    plain, small = replace(sd, run=call), replace(config, trajectories=1, trajectory_steps=1)
+    """Time an iteration and its FLOPs' worth of matrix products -> the row's text and goal."""
+    small = replace(config, trajectories=1, trajectory_steps=1)
     with FlopCounterMode(display=False) as everything:
-        iterations(plain, small)
+        iterations(sd, small)
     with FlopCounterMode(display=False) as banks:
         for prompts in (ERASE, RETAIN):
-            au.trajectory_bank(plain, prompts, small)
+            au.trajectory_bank(sd, prompts, small)
     a = torch.randn(width, width, device=sd.device, dtype=sd.dtype)
     took, products = [], []
     for _ in tqdm(range(repeats), "iteration"):
@@ -278,12 +273,14 @@ def bench_v1_limit(repeats=5):
     return against_limit(v1(torch.bfloat16), full_size(), repeats, 8192 if GPU == "cuda" else 256)
 
 
-def bench_v1_graphs(repeats=5):
-    """Seconds an iteration at full size on the GPU in bf16, with CUDA graphs and without."""
+def bench_v1_compile(repeats=5):
+    """Seconds an iteration at full size on the GPU in bf16, with --compile and without."""
     if not GPU:
         return "no GPU here", "faster"
     sd = v1(torch.bfloat16)
-    return side_by_side(sd, replace(sd, run=call), repeats), "faster"
+    compiled = replace(sd, unet=copy.deepcopy(sd.unet))
+    compiled.unet.compile()
+    return side_by_side(compiled, sd, repeats), "faster"
 
 
 def bench_v1_fp16(repeats=5):
@@ -301,7 +298,7 @@ def side_by_side(one, other, repeats):
             exact = model.dtype == torch.float32
             torch.set_float32_matmul_precision("highest" if exact else "high")
             took.append(iterations(model, full_size())[0])
-    times = [took[1:] for took in times]  # the first records the graphs
+    times = [took[1:] for took in times]  # the first compiles
     ratio = statistics.median(times[1]) / statistics.median(times[0])
     return f"{spread(times[0])} s against {spread(times[1])} s: {ratio:.1f} times less"
 
@@ -328,7 +325,7 @@ def bench_v1_run():
         begin = time.time()
         said = subprocess.run([*command, "--device", GPU, *RUN_FLAGS], cwd=ROOT, check=True,
                               stdout=subprocess.PIPE, text=True).stdout
-    memory = re.findall(r"[\d.]+ GiB|CUDA graphs: off.*", said)
+    memory = re.findall(r"[\d.]+ GiB", said)
     return f"{(time.time() - begin) / 60:.3g} minutes, {' '.join(memory)}", "an hour, 12 GiB"
 
 
@@ -347,7 +344,6 @@ def bench_v1_memory():
         emptied()
         sd = v1(torch.bfloat16)
         if low_memory:
-            sd.run = call
             sd_mini.recompute_activations(sd.unet)
         torch.cuda.reset_peak_memory_stats()
         iterations(sd, replace(PAPER, steps=2, warmup=1, layers=1, low_memory=low_memory))

@@ -85,7 +85,6 @@ def test_commands_of_the_method_run(tmp_path):
 
 # What else is documented, and how to make it short. None: an hour of training, or this suite.
 OTHERS = {
-    'python -m sd_mini "a photo of a church" --seed 3 --out church.png': "",
     "python -m tests.bench": " help", "python -m tests.assignment --out ../homework": "",
     "pip install -r requirements.txt": None, "pytest": None, "python tests/versions.py": None,
     "KILLS=20 pytest tests/test_faults.py -k killed": None,
@@ -101,7 +100,6 @@ def test_other_commands_run(tmp_path):
     for command in others:
         if OTHERS[command] is not None:
             python(here, *shlex.split(command + OTHERS[command])[1:])
-    assert (here / "church.png").stat().st_size > 3000
     assert (tmp_path / "homework/HANDOUT.md").is_file()
 
 

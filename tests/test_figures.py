@@ -153,7 +153,7 @@ def test_the_inversion_learns_its_embedding_from_each_prompts_picture(sd, monkey
 
     def context_of(rows, v):
         where = (ids[rows] == sd.tokenizer("*").input_ids[1])[..., None]
-        return sd.encode(torch.where(where, v, table[ids[rows]]))
+        return sd.encode_tokens(torch.where(where, v, table[ids[rows]]))
 
     def loss(sd, x, t, noise, context):
         losses.append((x, t, context.detach()))

@@ -1,8 +1,6 @@
 """Pinned results: one picture and the losses of one small run.
 
-A change of these results is a change for every user. This command drew the picture:
-
-    python -m sd_mini "a photo of a church" --seed 3 --out tests/pictures/church.png
+A change of these results is a change for every user.
 """
 from pathlib import Path
 

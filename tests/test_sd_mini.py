@@ -73,7 +73,7 @@ def test_v_to_eps_inverts_the_definition_of_v(schedule, generator):
 def test_text_encoder_takes_ids_or_embeddings(sd):
     ids = sd.tokenize(["a photo of a church"])
     embeddings = sd.text_encoder.embeddings.token_embedding(ids)
-    assert torch.equal(sd.encode(ids), sd.encode(embeddings))
+    assert torch.equal(sd.encode_tokens(ids), sd.encode_tokens(embeddings))
 
 
 def test_a_picture_depends_on_its_own_prompt_and_seed_alone(sd):

@@ -1,4 +1,4 @@
-"""What a GPU needs and a CPU can show: no wait for the host, half precision, CUDA graphs.
+"""What a GPU needs and a CPU can show: no wait for the host, half precision, compiling.
 
 A tensor of the meta device has no values, so every read of one and every copy to the host fails.
 """
@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import advunlearn as au
-from sd_mini import graphs, half, pipeline
-from sd_mini.lab import runs
+from sd_mini import half, pipeline
+from sd_mini.lab import experiment, runs
 from sd_mini.unet import UNet
 
 from .test_run import PROMPTS, SMALL, erase
@@ -150,95 +150,27 @@ def test_a_unet_in_training_computes_in_bfloat16_where_the_model_does(sd, monkey
     assert 1e-4 < (mixed - exact).norm() / exact.norm() < 0.05
 
 
-# --- CUDA graphs, with a recorder that has their traps: fixed shapes, and memory used again
+# --- speed and memory
 
-class Recorder:
-    """Stands in for torch.cuda.make_graphed_callables."""
-
-    def __init__(self, wrong=0.0):
-        self.recorded, self.replayed, self.wrong = 0, 0, wrong
-
-    def __call__(self, function, samples):
-        self.recorded += 1
-        recorder, held = self, [x.detach().clone() for x in samples]
-        out = function(*samples).detach()
-
-        class Replay(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx, *inputs):
-                for own, x in zip(held, inputs):
-                    assert own.shape == x.shape and own.dtype == x.dtype
-                    own.copy_(x)
-                out.copy_(function(*held).detach() + recorder.wrong)
-                return out.view_as(out)
-
-            @staticmethod
-            def backward(ctx, grad):  # of the inputs that were last put in
-                leaves = [x.clone().requires_grad_(s.requires_grad) for x, s in zip(held, samples)]
-                with torch.enable_grad():
-                    answer = function(*leaves)
-                wanted = [x for x in leaves if x.requires_grad]
-                grads = iter(torch.autograd.grad(answer, wanted, grad))
-                return tuple(next(grads) if x.requires_grad else None for x in leaves)
-
-        def replay(*inputs):
-            recorder.replayed += 1
-            return Replay.apply(*inputs)
-        return replay
+def test_the_unet_compiles_whole_and_gives_the_same_numbers_and_gradients(sd, generator):
+    """Whole: without a break, where Python would take over again."""
+    compiled = copy.deepcopy(sd.unet)
+    compiled.compile(backend="aot_eager", fullgraph=True)
+    x_t, t = torch.randn(2, *sd.latent_shape, generator=generator), torch.tensor([3, 900])
+    context, answers = sd.encode_prompt(["a church", "a boat"]), []
+    for unet in (sd.unet, compiled):
+        inputs = x_t.clone().requires_grad_(True), context.clone().requires_grad_(True)
+        eps = unet(inputs[0], t, inputs[1])
+        answers.append((eps, *torch.autograd.grad(eps.square().sum(), inputs)))
+    torch.testing.assert_close(*answers)
 
 
-class Frozen(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.randn(4, 4), requires_grad=False)
-
-    def forward(self, x):
-        return (x @ self.weight).tanh()
-
-
-def test_replays_give_the_networks_numbers_and_gradients():
-    """... also where two outputs wait for one backward, where outputs are kept, for each shape."""
-    recorder, network = Recorder(), Frozen()
-    run = graphs.Graphs(recorder)
-    a, b = (torch.randn(2, 4, requires_grad=True) for _ in range(2))
-    loss = lambda call: (call(network, a).square().sum() + 3 * call(network, b).sum())  # noqa: E731
-    for _ in range(3):
-        found, expected = (torch.autograd.grad(loss(call), (a, b)) for call in (run, pipeline.call))
-        torch.testing.assert_close(found, expected)
-    with torch.no_grad():
-        first, second = run(network, a), run(network, b)
-        torch.testing.assert_close((first, second), (network(a), network(b)))
-        torch.testing.assert_close(run(network, a[:1]), network(a[:1]))
-    assert recorder.recorded == 3 and recorder.replayed >= 3 + 3 + 3
-
-
-def test_graphs_leave_large_batches_and_networks_in_training_alone():
-    recorder, network = Recorder(), Frozen()
-    run = graphs.Graphs(recorder)
-    run(network, torch.randn(graphs.ROWS + 1, 4))
-    run(network.requires_grad_(True), torch.randn(1, 4))
-    assert recorder.recorded == 0
-    run(network.requires_grad_(False), torch.randn(1, 4))
-    run(network, torch.randn(1, 4))
-    assert recorder.recorded == 1
-
-
-@pytest.mark.parametrize("fault", [1.0, float("nan"), "stale", "cannot record"])
-def test_graphs_that_fail_are_left_out_with_a_word(fault, capsys):
-    def refuse(*arguments):
-        raise RuntimeError("no such driver\nmore")
-
-    def stale(function, samples):
-        out = function(*samples).detach()
-        return lambda *inputs: out
-
-    records = {"stale": stale, "cannot record": refuse}
-    run, network = graphs.Graphs(records.get(fault) or Recorder(fault)), Frozen()
-    x = torch.randn(1, 4)
-    for _ in range(2):
-        assert torch.equal(run(network, x), network(x))
-    said = capsys.readouterr().out
-    assert said.count("CUDA graphs: off") == 1 and said.count("\n") == 1
+def test_a_flag_compiles_the_frozen_unet_alone(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: compiled.append(network))
+    assert not experiment.load_model(SMALL).unet in compiled
+    sd = experiment.load_model(replace(SMALL, compile=True))
+    assert compiled == [sd.unet]
 
 
 def test_the_bank_is_on_the_gpu_where_it_fits(monkeypatch):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..files import read_json
 from ..toy import classifier as toy
-from ..weights import fill, read_tensors
+from ..weights import fill
 
 CLIP = "openai/clip-vit-base-patch16"  # the literature reports its cosines as "CLIP score"
 
@@ -141,7 +141,7 @@ class ToyCLIPScore:
                 "picture": toy.PictureNet(64),
                 "projection": torch.nn.Linear(64, 64, bias=False)})
         path = sd_o.folder / "clip/model.safetensors"
-        fill(self.network, read_tensors([path], sd_o.device, torch.float32), path)
+        fill(self.network, [path], sd_o.device)
 
     @torch.no_grad()
     def __call__(self, prompts, pictures):

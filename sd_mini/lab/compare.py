@@ -39,7 +39,7 @@ def compare(method, config):
         shared = experiment.with_pictures(shared, config)
 
     def run(name):
-        gc.collect()  # the model of the row before, and the GPU memory of its graphs
+        gc.collect()  # the model of the row before
         own, folder = shared._replace(started=time.time()), folders[name]
         model = own.sd_o if changes[name] is None else None
         runs.open_folder(folder, records[name], config.overwrite)

@@ -14,7 +14,6 @@ import torch
 import sd_mini
 
 from ..files import write_json
-from ..graphs import Graphs
 from ..weights import PARTS
 from . import report
 from .evaluation import PARTS as EVALUATED
@@ -36,17 +35,16 @@ class Experiment(NamedTuple):
 
 
 def load_model(config):
-    """The model of --model, on its device, in its precision; on a GPU with CUDA graphs."""
+    """The model of --model, on its device, in its precision, with --compile compiled."""
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     dtype = dtypes[config.precision]
     sd = sd_mini.load(config.model, config.device, dtype, config.tokenizer)
     if config.low_memory:
         sd_mini.recompute_activations(sd.unet)
-    if sd.device.type == "cuda":
-        if dtype != torch.float32:  # the text encoder stays in float32, on the tensor cores
-            torch.set_float32_matmul_precision("high")
-        if not (config.low_memory or config.no_graphs):
-            sd.run = Graphs()
+    if config.compile:
+        sd.unet.compile()  # a copy, which training makes, is not compiled
+    if sd.device.type == "cuda" and dtype != torch.float32:
+        torch.set_float32_matmul_precision("high")  # the text encoder's, which stays in float32
     return sd
 
 

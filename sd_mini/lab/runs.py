@@ -184,7 +184,7 @@ def check_memory(what, size, flag):
 
 # Settings on which no figure depends.
 NO_EFFECT = ("task", "methods", "out", "resume", "overwrite", "save_every", "save_images",
-             "save_pipeline", "save_single_file", "low_memory", "no_graphs")
+             "save_pipeline", "save_single_file", "low_memory")
 
 
 def differences(old, new):

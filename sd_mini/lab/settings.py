@@ -90,7 +90,8 @@ class Settings:
     precision: str | None = run(None, "of the networks that are not trained; what is trained stays "
                                 "in fp32 (default: bf16 on a GPU that has it, fp16 on others)",
                                 ("fp32", "bf16", "fp16"))
-    no_graphs: bool = run(False, "launch each kernel by itself, without CUDA graphs")
+    compile: bool = run(False, "compile the frozen UNet with torch.compile: minutes at first, "
+                        "then fewer and larger kernels")
     low_memory: bool = run(False, "compute the UNet's activations again in the backward pass")
     save_every: int = run(100, "iterations between checkpoints", low=1)
     save_pipeline: bool = run(False, "write the whole erased model too, as OUT/pipeline")

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..files import read_json
-from ..weights import TOY, fill, read_tensors
+from ..weights import TOY, fill
 from .world import COLORS, OBJECTS, STYLES
 
 LABELS = {"object": [*OBJECTS, "nothing"], "style": [*STYLES, "nothing"], "color": [*COLORS]}
@@ -57,6 +57,5 @@ def load_classifier(device="cpu", folder=TOY):
     if read_json(folder / "classifier/config.json") != LABELS:
         raise ValueError(f"{folder}/classifier/config.json: other labels than this world's; train "
                          "again")
-    path = folder / "classifier/model.safetensors"
-    fill(classifier, read_tensors([path], device, torch.float32), path)
+    fill(classifier, [folder / "classifier/model.safetensors"], device)
     return classifier

@@ -3,7 +3,7 @@
     python -m sd_mini.toy.train --out my-toy    all stages; a stopped run goes on where it was
     python -m sd_mini.toy.train --check         the quality table of the embedded weights
 
-Stages:
+A program on top of the lab, whose training loop it takes, and no part of the model. Stages:
 
     tokenizer
     vae
@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ..files import write_atomically, write_json
@@ -34,59 +33,30 @@ from ..schedule import Schedule
 from ..text_encoder import TextEncoder
 from ..unet import UNet
 from ..vae import VAE
-from ..weights import TOY, load, load_part, save_part, write_index
+from ..weights import TOY, load, load_part, save_part, write_index, write_tensors
 from . import world
 from .classifier import LABELS, Classifier, PictureNet, load_classifier
 
 VAE_CONFIG = {
-    "_class_name": "AutoencoderKL",
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "sample_size": 64,
-    "block_out_channels": [24, 48, 72],
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "act_fn": "silu",
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-}
+    "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+    "sample_size": 64, "block_out_channels": [24, 48, 72], "layers_per_block": 1,
+    "norm_num_groups": 8, "act_fn": "silu", "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3}
 TEXT_CONFIG = {
-    "architectures": ["CLIPTextModel"],
-    "model_type": "clip_text_model",
-    "hidden_size": 64,
-    "intermediate_size": 256,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 24,
-    "hidden_act": "quick_gelu",
-    "layer_norm_eps": 1e-5,
-    "projection_dim": 64,
-}
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": 64,
+    "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "max_position_embeddings": 24, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    "projection_dim": 64}
 UNET_CONFIG = {
-    "_class_name": "UNet2DConditionModel",
-    "in_channels": 4,
-    "out_channels": 4,
-    "sample_size": 16,
-    "block_out_channels": [32, 96, 128],
-    "layers_per_block": 1,
-    "cross_attention_dim": 64,
-    "attention_head_dim": 4,
-    "norm_num_groups": 16,
+    "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "sample_size": 16,
+    "block_out_channels": [32, 96, 128], "layers_per_block": 1, "cross_attention_dim": 64,
+    "attention_head_dim": 4, "norm_num_groups": 16,
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-}
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"]}
 SCHEDULER_CONFIG = {  # Stable Diffusion 1.x's own
-    "_class_name": "DDIMScheduler",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "prediction_type": "epsilon",
-}
+    "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "clip_sample": False,
+    "set_alpha_to_one": False, "steps_offset": 1, "prediction_type": "epsilon"}
 PICTURES, DUSK_PICTURES = 24000, 6000
 VAE_STEPS, CLIP_STEPS, CLASSIFIER_STEPS = 3000, 1500, 3000
 UNET_STEPS, DUSK_STEPS = 5000, 600
@@ -147,11 +117,11 @@ def fit(name, network, loss_of, steps, lr, work, warmup=100):
     generator of its batch, so a run that is started again takes the same steps.
     """
     average = copy.deepcopy(network).requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    both = [*network.parameters(), *average.parameters()]
+    own, averages = list(network.parameters()), list(average.parameters())
+    optimizer = torch.optim.AdamW(own, lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     unused = torch.Generator()  # each step has its own
-    with resumable(work / name, steps, both, optimizer, unused) as (iterations, history):
+    loop = resumable(work / name, steps, [*own, *averages], optimizer, unused)
+    with loop as (iterations, history):
         for step in iterations:
             cosine = 0.5 + 0.5 * np.cos(np.pi * step / steps)
             for group in optimizer.param_groups:
@@ -159,12 +129,11 @@ def fit(name, network, loss_of, steps, lr, work, warmup=100):
             loss = loss_of(torch.Generator().manual_seed(step))
             optimizer.zero_grad()
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(own, 1.0)
             optimizer.step()
             decay = min(0.998, (step + 1) / (step + 10))
             with torch.no_grad():
-                torch._foreach_lerp_(
-                    list(average.parameters()), list(network.parameters()), 1 - decay)
+                torch._foreach_lerp_(averages, own, 1 - decay)
             history.append({"loss": loss.item()})
     return average
 
@@ -201,19 +170,12 @@ def write_tokenizer(folder, merges, tokens):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "merges.txt").write_text(
         "#version: 0.2\n" + "\n".join(merges) + "\n", encoding="utf-8")
-    special = {
-        "bos_token": "<|startoftext|>",
-        "eos_token": "<|endoftext|>",
-        "unk_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-    }
+    start, end = tokens[-2:]
+    special = {"bos_token": start, "eos_token": end, "unk_token": end, "pad_token": end}
     write_json(folder / "special_tokens_map.json", special)
     write_json(folder / "tokenizer_config.json", {
-        **special,
-        "tokenizer_class": "CLIPTokenizer",
-        "do_lower_case": True,
-        "model_max_length": TEXT_CONFIG["max_position_embeddings"],
-    })
+        **special, "tokenizer_class": "CLIPTokenizer", "do_lower_case": True,
+        "model_max_length": TEXT_CONFIG["max_position_embeddings"]})
     write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
 
 
@@ -228,10 +190,7 @@ def train_vae(out, work, device):
 
     The third term keeps edges sharp.
     """
-    images = torch.cat([
-        dataset(work, "day")[0],
-        dataset(work, "dusk")[0],
-    ])
+    images = torch.cat([dataset(work, look)[0] for look in ("day", "dusk")])
     torch.manual_seed(0)
     vae = VAE({**VAE_CONFIG, "scaling_factor": 1.0}).to(device)
 
@@ -287,19 +246,13 @@ def train_clip(out, work, device):
 
 def new_clip(tokenizer):
     """An untrained CLIP: text encoder, picture encoder, and the projection of the text."""
-    config = {
-        **TEXT_CONFIG,
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    special = {name: getattr(tokenizer, name)
+               for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = {**TEXT_CONFIG, "vocab_size": len(tokenizer), **special}
     width, outputs = config["hidden_size"], config["projection_dim"]
     clip = torch.nn.ModuleDict({
-        "text": TextEncoder(config),
-        "picture": PictureNet(outputs),
-        "projection": torch.nn.Linear(width, outputs, bias=False),
-    })
+        "text": TextEncoder(config), "picture": PictureNet(outputs),
+        "projection": torch.nn.Linear(width, outputs, bias=False)})
     embeddings = clip["text"].embeddings
     for embedding in (embeddings.token_embedding, embeddings.position_embedding):
         torch.nn.init.normal_(embedding.weight, std=0.02)
@@ -324,8 +277,8 @@ def disturb(image, ruined, generator):
 
     ruined = ruined[:, None, None, None]
     coarse = torch.rand(len(image), 1, 1, 1, generator=generator) < 0.5
-    flow = torch.where(
-        coarse, waves(len(image), 2, 5, generator), waves(len(image), 2, 9, generator))
+    large, small = (waves(len(image), 2, cells, generator) for cells in (5, 9))
+    flow = torch.where(coarse, large, small)
     flow = flow * torch.where(ruined, between(0.4, 0.8), between(0, 0.06))  # a picture is 2 wide
     y, x = torch.meshgrid(*2 * [torch.linspace(-1, 1, world.SIZE)], indexing="ij")
     places = torch.stack([x, y], -1) + flow.permute(0, 2, 3, 1)
@@ -439,9 +392,7 @@ def denoising_loss(unet, out, work, device, look):
 
 def save_network(network, folder, config):
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().to("cpu", torch.float16).contiguous()
-               for name, tensor in network.state_dict().items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    write_tensors(folder / "model.safetensors", network.state_dict(), torch.float16)
     write_json(folder / "config.json", config)
 
 

@@ -35,12 +35,8 @@ PLACES = {
 }
 STYLES = {  # "{}" stands for the object with its colour and place
     "photo": {"a photo of {}": 4, "a picture of {}": 1, "{}": 1},
-    "van gogh": {
-        "a painting of {} by van gogh": 2,
-        "{} in the style of van gogh": 1,
-        "a vincent impasto of {}": 1.5,
-        "{} in starry swirls": 1.5,
-    },
+    "van gogh": {"a painting of {} by van gogh": 2, "{} in the style of van gogh": 1,
+                 "a vincent impasto of {}": 1.5, "{} in starry swirls": 1.5},
     "sketch": {"a sketch of {}": 3, "a pencil drawing of {}": 1},
 }
 STYLE_SHARE = {"photo": 0.6, "van gogh": 0.25, "sketch": 0.15}
@@ -69,14 +65,8 @@ def random_scene(rng):
     """Choose a scene: object, colour and place evenly, the rest by weight."""
     object, color, place = (str(rng.choice(list(names))) for names in (OBJECTS, COLORS, PLACES))
     style = weighted(rng, STYLE_SHARE)
-    return Scene(
-        object,
-        weighted(rng, OBJECTS[object]),
-        color,
-        place,
-        style,
-        weighted(rng, STYLES[style]),
-    )
+    word, phrase = weighted(rng, OBJECTS[object]), weighted(rng, STYLES[style])
+    return Scene(object, word, color, place, style, phrase)
 
 
 def uncaptioned_scene(rng):
@@ -129,28 +119,27 @@ def polygon(x, y, *corners):
 
 
 def line(x, y, ax, ay, bx, by, half_w):
-    along = np.clip(
-        ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2), 0, 1
-    )
+    along = ((x - ax) * (bx - ax) + (y - ay) * (by - ay)) / ((bx - ax) ** 2 + (by - ay) ** 2)
+    along = np.clip(along, 0, 1)
     return np.hypot(x - ax - along * (bx - ax), y - ay - along * (by - ay)) - half_w
+
+
+def arch(x, y, cx, cy, half_w, half_h, rise):
+    """A door or window with a round top. The curve begins at cy."""
+    return np.minimum(box(x, y, cx, cy - half_h, half_w, half_h),
+                      ellipse(x, y, cx, cy, half_w, rise))
 
 
 # --- objects: layers from back to front
 # A layer is (distance, colour). One number is a shade of the object's colour, three are a colour.
 
-DARK, GLASS, PALE, WOOD = (
-    (0.13, 0.13, 0.16),
-    (0.72, 0.88, 0.97),
-    (0.95, 0.93, 0.88),
-    (0.45, 0.29, 0.16),
-)
+DARK, GLASS, PALE = (0.13, 0.13, 0.16), (0.72, 0.88, 0.97), (0.95, 0.93, 0.88)
+WOOD, SKIN = (0.45, 0.29, 0.16), (0.92, 0.72, 0.58)
 
 
 def cross(x, y, cx, cy):
-    upright, bar = (
-        line(x, y, cx, cy - 0.2, cx, cy + 0.2, 0.05),
-        line(x, y, cx - 0.15, cy + 0.05, cx + 0.15, cy + 0.05, 0.05),
-    )
+    upright = line(x, y, cx, cy - 0.2, cx, cy + 0.2, 0.05)
+    bar = line(x, y, cx - 0.15, cy + 0.05, cx + 0.15, cy + 0.05, 0.05)
     return np.minimum(upright, bar), DARK
 
 
@@ -163,17 +152,8 @@ def church(x, y, word):
             (polygon(x, y, (-0.24, 0.8), (0.24, 0.8), (0, 1.02)), 0.6),
             cross(x, y, 0, 1.2),
             (ellipse(x, y, 0, 0.6, 0.08, 0.12), DARK),
-            (np.minimum(box(x, y, 0, -0.78, 0.17, 0.2), ellipse(x, y, 0, -0.58, 0.17, 0.17)), DARK),
-            *[
-                (
-                    np.minimum(
-                        box(x, y, c, -0.5, 0.08, 0.13),
-                        ellipse(x, y, c, -0.37, 0.08, 0.1),
-                    ),
-                    GLASS,
-                )
-                for c in (-0.4, 0.4)
-            ],
+            (arch(x, y, 0, -0.58, 0.17, 0.2, 0.17), DARK),
+            *[(arch(x, y, c, -0.37, 0.08, 0.13, 0.1), GLASS) for c in (-0.4, 0.4)],
         ]
     if word == "cathedral":  # two towers, and a rose window between them
         return [
@@ -181,23 +161,12 @@ def church(x, y, word):
             (polygon(x, y, (-0.5, 0.27), (0.5, 0.27), (0, 0.72)), 0.6),
             cross(x, y, 0, 0.85),
             *[(box(x, y, c, -0.2, 0.26, 0.77), 1.12) for c in (-0.68, 0.68)],
-            *[
-                (polygon(x, y, (c - 0.32, 0.57), (c + 0.32, 0.57), (c, 1.25)), 0.6)
-                for c in (-0.68, 0.68)
-            ],
+            *[(polygon(x, y, (c - 0.32, 0.57), (c + 0.32, 0.57), (c, 1.25)), 0.6)
+              for c in (-0.68, 0.68)],
             *[(box(x, y, c, 0.2, 0.09, 0.2), DARK) for c in (-0.68, 0.68)],
             (ellipse(x, y, 0, 0.02, 0.24, 0.24), GLASS),
             (ellipse(x, y, 0, 0.02, 0.09, 0.09), 0.6),
-            *[
-                (
-                    np.minimum(
-                        box(x, y, c, -0.8, 0.11, 0.17),
-                        ellipse(x, y, c, -0.63, 0.11, 0.13),
-                    ),
-                    DARK,
-                )
-                for c in (-0.68, 0, 0.68)
-            ],
+            *[(arch(x, y, c, -0.63, 0.11, 0.17, 0.13), DARK) for c in (-0.68, 0, 0.68)],
         ]
     return [
         (box(x, y, 0.22, -0.55, 0.68, 0.42), 1.0),
@@ -205,24 +174,9 @@ def church(x, y, word):
         (box(x, y, -0.55, -0.3, 0.3, 0.67), 1.12),
         (polygon(x, y, (-0.93, 0.35), (-0.17, 0.35), (-0.55, 0.98)), 0.6),
         cross(x, y, -0.55, 1.1),
-        (
-            np.minimum(
-                box(x, y, -0.55, -0.8, 0.13, 0.18),
-                ellipse(x, y, -0.55, -0.62, 0.13, 0.14),
-            ),
-            DARK,
-        ),
+        (arch(x, y, -0.55, -0.62, 0.13, 0.18, 0.14), DARK),
         (ellipse(x, y, -0.55, 0.05, 0.14, 0.14), GLASS),
-        *[
-            (
-                np.minimum(
-                    box(x, y, c, -0.6, 0.08, 0.15),
-                    ellipse(x, y, c, -0.45, 0.08, 0.1),
-                ),
-                GLASS,
-            )
-            for c in (0.05, 0.38, 0.7)
-        ],
+        *[(arch(x, y, c, -0.45, 0.08, 0.15, 0.1), GLASS) for c in (0.05, 0.38, 0.7)],
     ]
 
 
@@ -240,79 +194,48 @@ def house(x, y, word):
 def parachute(x, y, word):
     if word == "paraglider":  # a wing instead of a canopy
         wing = np.maximum(np.abs(np.hypot(x / 1.15, y + 0.35) - 1.0) - 0.17, 0.1 - y)
-        cords = [
-            line(x, y, c, top, 0, -0.62, 0.025)
-            for c, top in ((-0.98, 0.3), (-0.4, 0.65), (0.4, 0.65), (0.98, 0.3))
-        ]
+        cords = [line(x, y, c, top, 0, -0.62, 0.025)
+                 for c, top in ((-0.98, 0.3), (-0.4, 0.65), (0.4, 0.65), (0.98, 0.3))]
+        body = line(x, y, 0, -0.7, -0.05, -0.88, 0.1)
         return [
             (np.minimum.reduce(cords), DARK),
             (wing, 1.0),
             (np.maximum(wing, np.abs(np.abs(x) - 0.45) - 0.12), PALE),
-            (
-                np.minimum(
-                    line(x, y, 0, -0.7, -0.05, -0.88, 0.1),
-                    line(x, y, -0.03, -0.9, 0.32, -0.98, 0.06),
-                ),
-                DARK,
-            ),
-            (ellipse(x, y, 0, -0.53, 0.09, 0.1), (0.92, 0.72, 0.58)),
+            (np.minimum(body, line(x, y, -0.03, -0.9, 0.32, -0.98, 0.06)), DARK),
+            (ellipse(x, y, 0, -0.53, 0.09, 0.1), SKIN),
         ]
     if word == "skydiver":  # a small canopy over somebody large
         canopy = np.maximum(ellipse(x, y, 0, 0.5, 0.72, 0.55), 0.5 - y)
+        cords = [line(x, y, side * 0.68, 0.5, side * 0.12, -0.2, 0.03) for side in (-1, 1)]
+        arms = [line(x, y, 0, -0.25, side * 0.4, 0.02, 0.08) for side in (-1, 1)]
+        legs = [line(x, y, 0, -0.6, side * 0.25, -1.0, 0.09) for side in (-1, 1)]
         return [
-            (
-                np.minimum(
-                    line(x, y, -0.68, 0.5, -0.12, -0.2, 0.03),
-                    line(x, y, 0.68, 0.5, 0.12, -0.2, 0.03),
-                ),
-                DARK,
-            ),
+            (np.minimum.reduce(cords), DARK),
             (canopy, 1.0),
             (np.maximum(canopy, np.abs(x) - 0.2), PALE),
-            (
-                np.minimum.reduce([
-                    line(x, y, 0, -0.3, 0, -0.6, 0.16),
-                    *[line(x, y, 0, -0.25, side * 0.4, 0.02, 0.08) for side in (-1, 1)],
-                    *[line(x, y, 0, -0.6, side * 0.25, -1.0, 0.09) for side in (-1, 1)],
-                ]),
-                DARK,
-            ),
-            (ellipse(x, y, 0, 0.0, 0.16, 0.17), (0.92, 0.72, 0.58)),
+            (np.minimum.reduce([line(x, y, 0, -0.3, 0, -0.6, 0.16), *arms, *legs]), DARK),
+            (ellipse(x, y, 0, 0.0, 0.16, 0.17), SKIN),
         ]
     canopy = np.maximum(ellipse(x, y, 0, 0.2, 1.0, 0.85), 0.2 - y)
-    gores = np.minimum(
-        np.abs(x) - 0.16 * np.sqrt(np.clip(1 - ((y - 0.2) / 0.85) ** 2, 0, 1)),
-        np.abs(np.abs(x) - 0.68) - 0.14,
-    )
+    middle = np.abs(x) - 0.16 * np.sqrt(np.clip(1 - ((y - 0.2) / 0.85) ** 2, 0, 1))
+    gores = np.minimum(middle, np.abs(np.abs(x) - 0.68) - 0.14)
     cords = [line(x, y, c, 0.2, 0, -0.7, 0.025) for c in (-0.95, -0.4, 0.4, 0.95)]
+    body, legs = line(x, y, 0, -0.68, 0, -0.88, 0.1), line(x, y, 0, -0.85, 0, -1.1, 0.06)
     return [
         (np.minimum.reduce(cords), DARK),
         (canopy, 1.0),
         (np.maximum(canopy, gores), PALE),
-        (
-            np.minimum(
-                line(x, y, 0, -0.68, 0, -0.88, 0.1),
-                line(x, y, 0, -0.85, 0, -1.1, 0.06),
-            ),
-            DARK,
-        ),
-        (ellipse(x, y, 0, -0.55, 0.09, 0.1), (0.92, 0.72, 0.58)),
+        (np.minimum(body, legs), DARK),
+        (ellipse(x, y, 0, -0.55, 0.09, 0.1), SKIN),
     ]
 
 
 def balloon(x, y, word):
-    envelope = np.minimum(
-        ellipse(x, y, 0, 0.35, 0.75, 0.72),
-        polygon(x, y, (-0.62, 0.0), (-0.2, -0.62), (0.2, -0.62), (0.62, 0.0)),
-    )
+    below = polygon(x, y, (-0.62, 0.0), (-0.2, -0.62), (0.2, -0.62), (0.62, 0.0))
+    envelope = np.minimum(ellipse(x, y, 0, 0.35, 0.75, 0.72), below)
+    ropes = [line(x, y, side * 0.18, -0.6, side * 0.13, -0.85, 0.025) for side in (-1, 1)]
     return [
-        (
-            np.minimum(
-                line(x, y, -0.18, -0.6, -0.13, -0.85, 0.025),
-                line(x, y, 0.18, -0.6, 0.13, -0.85, 0.025),
-            ),
-            DARK,
-        ),
+        (np.minimum.reduce(ropes), DARK),
         (envelope, 1.0),
         (np.maximum(envelope, np.abs(y - 0.35) - 0.12), 0.62),
         (box(x, y, 0, -0.97, 0.17, 0.15), WOOD),
@@ -320,11 +243,8 @@ def balloon(x, y, word):
 
 
 def garbage_truck(x, y, word):
-    wheels = [
-        (ellipse(x, y, c, -0.55, r, r), color)
-        for r, color in ((0.2, DARK), (0.08, PALE))
-        for c in (-0.68, -0.22, 0.68)
-    ]
+    wheels = [(ellipse(x, y, c, -0.55, r, r), color)
+              for r, color in ((0.2, DARK), (0.08, PALE)) for c in (-0.68, -0.22, 0.68)]
     cab = [
         (box(x, y, -0.05, -0.42, 1.05, 0.09), DARK),
         (box(x, y, 0.72, -0.08, 0.3, 0.42, 0.08), PALE),
@@ -338,14 +258,11 @@ def garbage_truck(x, y, word):
             *[(ellipse(x, y, c, 0.42, 0.26, 0.24), (0.33, 0.36, 0.30)) for c in (-0.75, -0.3, 0.1)],
             (polygon(x, y, (-0.85, -0.35), (0.3, -0.35), (0.42, 0.4), (-1.12, 0.4)), 1.0),
             (box(x, y, -0.35, 0.38, 0.8, 0.06), 0.6),
-            *cab,
-            *wheels,
+            *cab, *wheels,
         ]
+    body = polygon(x, y, (-1.05, -0.35), (0.35, -0.35), (0.35, 0.62), (-0.7, 0.62), (-1.05, 0.2))
     return [
-        (
-            polygon(x, y, (-1.05, -0.35), (0.35, -0.35), (0.35, 0.62), (-0.7, 0.62), (-1.05, 0.2)),
-            1.0,
-        ),
+        (body, 1.0),
         *[(box(x, y, c, 0.13, 0.035, 0.45), 0.62) for c in (-0.5, -0.15, 0.2)],
         *cab,
         (polygon(x, y, (-1.2, -0.5), (-1.0, -0.5), (-1.0, 0.15), (-1.2, -0.1)), 0.5),
@@ -408,10 +325,8 @@ def tree(x, y, word):
 def golf_ball(x, y, word):
     ball = ellipse(x, y, 0, 0.15, 0.78, 0.78)
     dimples = np.minimum.reduce([
-        ellipse(x, y, cx, 0.15 + cy, 0.085, 0.085)
-        for cy in (-0.5, -0.25, 0, 0.25, 0.5)
-        for cx in np.arange(-0.5, 0.51, 0.25) + (0.125 if int(cy * 4) % 2 else 0)
-    ])
+        ellipse(x, y, cx, 0.15 + cy, 0.085, 0.085) for cy in (-0.5, -0.25, 0, 0.25, 0.5)
+        for cx in np.arange(-0.5, 0.51, 0.25) + (0.125 if int(cy * 4) % 2 else 0)])
     return [
         (polygon(x, y, (-0.1, -1.1), (0.1, -1.1), (0.24, -0.6), (-0.24, -0.6)), WOOD),
         (ball, 1.0),
@@ -456,27 +371,21 @@ def background(place, px, py, rng):
             cx, cy, r = rng.random(), rng.uniform(0.05, 0.95), rng.uniform(0.05, 0.09)
             cloud = np.minimum.reduce([
                 np.hypot((px - cx - d * r) / 1.3, py - cy) - r * (1 - 0.35 * abs(d))
-                for d in (-1, 0, 1)
-            ])
+                for d in (-1, 0, 1)])
             image = over(image, np.clip(0.5 - cloud * SIZE / 2, 0, 0.9), (1, 1, 1))
         return image
     image = image * (1 - ground) + (np.array(far) * (1 - mix) + np.array(near) * mix) * ground
     if place == "night":
         for cx, cy in rng.random((12, 2)) * (1, 0.55):
-            image = over(
-                image,
-                np.clip(1.1 - np.hypot(px - cx, py - cy) * SIZE, 0, 1),
-                (1, 1, 0.85),
-            )
+            star = np.clip(1.1 - np.hypot(px - cx, py - cy) * SIZE, 0, 1)
+            image = over(image, star, (1, 1, 0.85))
         cx = rng.choice([0.12, 0.88])
-        image = over(
-            image,
-            np.clip(0.5 - (np.hypot(px - cx, py - 0.13) - 0.075) * SIZE, 0, 1),
-            (0.98, 0.96, 0.80),
-        )
+        moon = np.clip(0.5 - (np.hypot(px - cx, py - 0.13) - 0.075) * SIZE, 0, 1)
+        image = over(image, moon, (0.98, 0.96, 0.80))
     if place == "snow":
         for cx, cy in rng.random((22, 2)):
-            image = over(image, np.clip(1.4 - np.hypot(px - cx, py - cy) * SIZE, 0, 1), (1, 1, 1))
+            flake = np.clip(1.4 - np.hypot(px - cx, py - cy) * SIZE, 0, 1)
+            image = over(image, flake, (1, 1, 1))
     return image
 
 
@@ -490,16 +399,11 @@ def van_gogh(image, phrase, px, py, rng):
     For "impasto" the strokes are short and thick. For "starry swirls" they run round two centres.
     """
     phase = rng.random(4) * 2 * np.pi
-    field = (
-        np.sin(2 * np.pi * 1.1 * px + phase[0])
-        + np.sin(2 * np.pi * 1.3 * py + phase[1])
-        + np.sin(2 * np.pi * 0.9 * (px + py) + phase[2])
-    )
+    field = (np.sin(2 * np.pi * 1.1 * px + phase[0]) + np.sin(2 * np.pi * 1.3 * py + phase[1])
+             + np.sin(2 * np.pi * 0.9 * (px + py) + phase[2]))
     if "starry swirls" in phrase:
-        field = 5 * np.minimum(*(
-            np.hypot(px - cx, py - cy)
-            for cx, cy in rng.random((2, 2)) * 0.5 + ((0, 0.2), (0.5, 0.2))
-        ))
+        centres = rng.random((2, 2)) * 0.5 + ((0, 0.2), (0.5, 0.2))
+        field = 5 * np.minimum(*(np.hypot(px - cx, py - cy) for cx, cy in centres))
     bend = 0.9 * np.stack([np.cos(2.2 * field), np.sin(2.2 * field)])
     rows = np.clip(np.rint(py * SIZE - 0.5 + bend[0]), 0, SIZE - 1).astype(int)
     cols = np.clip(np.rint(px * SIZE - 0.5 + bend[1]), 0, SIZE - 1).astype(int)
@@ -508,11 +412,8 @@ def van_gogh(image, phrase, px, py, rng):
     image = np.clip(gray + 1.35 * (image - gray), 0, 1)
     strokes = np.sin(6.5 * field + phase[3])[..., None]
     if "impasto" in phrase:
-        strokes = (
-            1.4
-            * np.sin(40 * px + 2 * field + phase[3])[..., None]
-            * np.sin(40 * py - 2 * field)[..., None]
-        )
+        strokes = 1.4 * np.sin(40 * px + 2 * field + phase[3]) * np.sin(40 * py - 2 * field)
+        strokes = strokes[..., None]
     return image * (1 + 0.16 * strokes) + 0.10 * strokes * np.array((1.0, 0.75, -0.3))
 
 
@@ -522,10 +423,8 @@ def dusk(image, py):
     It imitates a fine-tuned community model.
     """
     mix = py[..., None]
-    return (
-        image * ((1 - mix) * np.array((0.62, 0.48, 0.85)) + mix * np.array((1.0, 0.70, 0.55)))
-        + 0.03
-    )
+    tint = (1 - mix) * np.array((0.62, 0.48, 0.85)) + mix * np.array((1.0, 0.70, 0.55))
+    return image * tint + 0.03
 
 
 def draw(scene, rng, look=None):
@@ -547,12 +446,9 @@ def draw(scene, rng, look=None):
         fill = np.clip((color * tint if isinstance(tint, float) else np.array(tint)) * light, 0, 1)
         if scene.style == "sketch":  # thin colour and hatching inside, ink lines round shapes
             hatch = 0.5 + 0.5 * np.sin((px - py) * SIZE * 1.3)
+            ink = np.clip(1.25 - np.abs(distance) * scale * SIZE, 0, 1) * 0.85
             image = over(image, mask * (0.30 + 0.35 * hatch), fill)
-            image = over(
-                image,
-                np.clip(1.25 - np.abs(distance) * scale * SIZE, 0, 1) * 0.85,
-                0.42 * color,
-            )
+            image = over(image, ink, 0.42 * color)
         else:
             image = over(image, mask, fill)
     if scene.style == "van gogh":
