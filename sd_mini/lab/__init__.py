@@ -3,6 +3,6 @@
 A method is handed to `main`: how to train, and which attacks there are. It gets a command line,
 evaluation, comparison, resume and pictures. See README.md beside this file.
 """
-from .settings import Method, Settings, answer_help, main, setting
+from .settings import Method, Settings, main, setting
 
-__all__ = ["Method", "Settings", "answer_help", "main", "setting"]
+__all__ = ["Method", "Settings", "main", "setting"]

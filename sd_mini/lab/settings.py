@@ -238,12 +238,6 @@ def check_text(flag, text, choices, refuse):
                "path's 1,000")
 
 
-def answer_help(Config):
-    """Before torch is loaded, which takes seconds: answer --help and mistyped flags, set it up."""
-    parse(Config)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
-
-
 def main(method, argv=None):
     """The command line of a method.
 
@@ -251,6 +245,7 @@ def main(method, argv=None):
     was stopped.
     """
     given = parse(method.config, argv)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
     from . import ranks, tasks  # here, since they load torch
 
     ranks.leave(tasks.run_task(method, given))
