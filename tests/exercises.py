@@ -319,14 +319,14 @@ def projection_is_the_nearest_point(s, seed):
 
 def quadratic(goal):
     """A loss (N,) of delta (N, k, D): the squared distance of each row to the goal."""
-    return lambda delta: (delta - goal).square().flatten(1).sum(1)
+    return lambda delta, step: (delta - goal).square().flatten(1).sum(1)
 
 
 @check(6)
 def attack_starts_at_the_tokens_and_descends(s, seed):
     table, start = random(seed, 11, 4), torch.tensor([[1, 2], [3, 4]])
     loss_of = quadratic(torch.zeros(2, 2, 4))
-    before = loss_of(table[start])
+    before = loss_of(table[start], 0)
     steps = list(s.embedding_attack(table, start, loss_of, s.Attack("embedding", 40, 0.05, 2)))
     assert len(steps) == 40, f"{len(steps)} steps, expected 40"
     close(steps[0][1], before,
@@ -342,12 +342,24 @@ def attack_takes_adams_steps_with_fresh_gradients(s, seed):
     adam = torch.optim.Adam([delta], lr=0.03)
     for _ in range(7):
         adam.zero_grad()
-        loss_of(delta).sum().backward()
+        loss_of(delta, 0).sum().backward()
         adam.step()
     attack = s.Attack("embedding", 7, 0.03, 2)
     *_, (found, _) = s.embedding_attack(table, start, loss_of, attack)
     close(found, delta.detach(),
           "delta after 7 steps of Adam (do gradients pile up? is the loss a sum over rows?)")
+
+
+@check(6)
+def attack_asks_for_the_loss_of_each_step(s, seed):
+    table, start, asked = random(seed, 11, 4), torch.tensor([[1]]), []
+
+    def loss_of(delta, step):
+        asked.append(step)
+        return delta.sum((1, 2))
+
+    list(s.embedding_attack(table, start, loss_of, s.Attack("embedding", 3, 0.1, 1)))
+    assert asked == [0, 1, 2], f"steps {asked}: the loss is asked for each, from 0 on"
 
 
 @check(6)
@@ -397,10 +409,11 @@ def tokens_are_legal(s, seed):
 
 @check(8)
 def the_model_sees_real_tokens(s, seed):
-    seen = []
+    seen, numbers = [], []
 
     def spy(table):
-        def loss_of(delta):
+        def loss_of(delta, step):
+            numbers.append(step)
             distances = (delta.detach()[:, :, None] - table[LEGAL]).abs().amax(-1)
             to_nearest = distances.min(-1).values
             seen.append(to_nearest.max().item())
@@ -411,6 +424,7 @@ def the_model_sees_real_tokens(s, seed):
     assert max(seen) < 1e-5, (
         "the loss must be taken at embeddings of real, legal tokens (straight-through), not at "
         "mixtures")
+    assert numbers == [0, 1, 2, 3, 4, 5], f"steps {numbers}: the loss is asked for each, from 0 on"
 
 
 @check(8)
@@ -423,7 +437,7 @@ def the_gradient_is_straight_through(s, seed):
     best = legal[seed % 6].item()
     table[best] *= -1
 
-    def loss_of(delta):
+    def loss_of(delta, step):
         return delta.sum((1, 2))
 
     attack, generator = s.Attack("token", 40, 0.1, 2), torch.Generator().manual_seed(seed)

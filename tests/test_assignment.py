@@ -60,7 +60,7 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
             "last = (u > excess).sum(-1, keepdim=True) * 0"]),
         ("u = v.sort(dim=-1, descending=True).values", [
             "u = v.sort(dim=0, descending=True).values"])],
-    8: [("losses = loss_of(hard + (soft - soft.detach()))", ["losses = loss_of(soft)"]),
+    8: [("losses = loss_of(hard + (soft - soft.detach()), step)", ["losses = loss_of(soft, step)"]),
         ("p.copy_(project_simplex(p))", ["p.copy_(p)"]),
         ("yield legal[p.argmax(-1)], losses.detach()", [
             "yield p.argmax(-1), losses.detach()"]),
@@ -75,7 +75,7 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
         ("pattern.search(folded(prompt))", ["pattern.search(prompt)"])],
     10: [("(l_erase + config.retain_weight * l_retain).backward()", ["l_erase.backward()"]),
          ("target = esd_target(z.eps_c, z.eps_empty, config.eta)", ["target = z.eps_c"]),
-         ("plain = i < config.warmup or", ["plain = i >= config.warmup or"]),
+         ("plain = (i < config.warmup", ["plain = (i >= config.warmup"]),
          ("            optimizer.zero_grad()\n", [""]),
          ("in parameters_to_train(sd, config)", ["in parameters_to_train(sd_o, config)"])],
 }

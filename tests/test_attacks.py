@@ -67,7 +67,7 @@ def attacked(sd, generator):
     eps_c = sd.predict_noise(x_t, t, sd.encode_prompt(["a photo of a church"] * 4))
     table = sd.text_encoder.embeddings.token_embedding.weight
 
-    def loss_of(delta):
+    def loss_of(delta, step=0):
         return au.attack_loss(sd, x_t, t, au.encode_with_prefix(sd, ids, delta), eps_c)
 
     return table, au.legal_tokens(sd.tokenizer), loss_of
@@ -105,7 +105,7 @@ def test_embedding_attack_does_not_pile_up_gradients():
     """
     seen = []
 
-    def loss_of(delta):
+    def loss_of(delta, step):
         seen.append(delta.detach().clone())
         return delta.square().flatten(1).sum(1)
 
@@ -134,14 +134,14 @@ def test_token_attack_follows_its_gradient_to_the_legal_token_that_lowers_the_lo
     cost = torch.tensor([-9.0, 2.0, -1.0, 1.0, 3.0, -9.0])  # the first and the last are not legal
     attack = au.Attack("token", 40, 0.05, 3)
     *_, (ids, _) = au.token_attack(torch.eye(6), torch.arange(1, 5), 8,
-                                   lambda delta: (delta @ cost).sum(1), attack, generator)
+                                   lambda delta, step: (delta @ cost).sum(1), attack, generator)
     assert (ids == 2).all()
 
 
 def test_token_attack_draws_each_token_as_often_as_its_distribution_says(generator):
     """With a rate of nearly 0 p stays what it was: the frequencies of many draws are p."""
     drawn = []
-    run = au.token_attack(torch.eye(5), torch.arange(5), 2, lambda delta: drawn.append(
+    run = au.token_attack(torch.eye(5), torch.arange(5), 2, lambda delta, step: drawn.append(
         delta.detach().round()) or delta.sum((1, 2)), au.Attack("token", 4000, 1e-12, 1), generator)
     list(run)
     p = torch.rand((2, 1, 5), generator=torch.Generator().manual_seed(0))

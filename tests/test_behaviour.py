@@ -130,17 +130,17 @@ def test_the_bank_and_the_loop_are_seeded_by_the_config(sd, calls, monkeypatch):
 
 
 def test_the_bank_is_sampled_under_guidance_3(sd):
-    x_t, eps_c, eps_empty = au.sample_latents(sd, ["a church"], [5], 4)
+    x_t, eps_c, eps_empty = au.sample_latents(sd, ["a church"], [5], 4).unbind(2)
     assert same(x_t[:, 0], sd.initial_noise([5])) and x_t.shape == (1, 4, *sd.latent_shape)
     guided = eps_empty[:, 0] + 3 * (eps_c[:, 0] - eps_empty[:, 0])
     assert_close(x_t[:, 1], sd.schedule.ddim_step(x_t[:, 0], guided, 751, 501))
-    assert same(au.sample_latents(sd, ["a church"], [5], 4, 2)[1], eps_c[:, :2])
+    assert same(au.sample_latents(sd, ["a church"], [5], 4, 2)[:, :, 1], eps_c[:, :2])
 
 
 def test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest():
     """With a rate of nearly 0 p stays: of 6 nearly even tokens most draws are not the likeliest."""
     tried, generator = [], torch.Generator().manual_seed(0)
-    run = au.token_attack(torch.eye(8), torch.arange(2, 8), 50, lambda delta: tried.append(
+    run = au.token_attack(torch.eye(8), torch.arange(2, 8), 50, lambda delta, step: tried.append(
         delta.detach()) or delta.sum((1, 2)), au.Attack("token", 3, 1e-9, 4), generator)
     p = torch.rand((50, 4, 6), generator=torch.Generator().manual_seed(0))
     likeliest = p.argmax(-1) + 2
@@ -158,24 +158,30 @@ ASKED = ["a church", "a boat", "a photo of a tree"]
 
 @pytest.fixture
 def attacked(sd, calls, monkeypatch):
-    """attack(kind, breaks) -> what the losses were given, the looks, the prefixes, the attack."""
-    def run(kind, breaks=(), steps=6, real=au.run_attack, **changes):
+    """attack(kind, breaks) -> what was called, what the losses were given, looks, prefixes."""
+    def run(kind, breaks=(), steps=6, **changes):
         looks, deltas = [], []
         seen = calls("ddpm_loss", instead=lambda sd, x, t, noise, context: context.mean((1, 2)))
         seen["ddpm_loss"].clear()
 
-        def run_attack(sd, attack, n, loss_of, generator):
-            return real(sd, attack, n, lambda d: deltas.append(d.detach().clone()) or loss_of(d),
-                        generator)
+        def searching(real):
+            def search(*arguments):
+                at = [callable(argument) for argument in arguments].index(True)
+                seen["attack"] += [each for each in arguments if isinstance(each, au.Attack)]
+                return real(*arguments[:at], lambda delta, step: deltas.append(
+                    delta.detach().clone()) or arguments[at](delta, step), *arguments[at + 1 :])
+            return search
 
         def look(step, left, context, texts):
             looks.append((step, [*left], context, texts))
             return [(step, i) in breaks for i in left]
 
         calls("encode_with_prefix")
-        calls("run_attack", instead=run_attack)
         config = replace(SMALL, eval_prefix=2, eval_attack_steps=steps, eval_looks=3, **changes)
-        au.METHOD.attacks[kind].search(sd, ASKED, TARGETS, look, config)
+        with monkeypatch.context() as patch:
+            for name in ("token_attack", "embedding_attack"):
+                patch.setattr(au, name, searching(getattr(au, name)))
+            au.METHOD.attacks[kind].search(sd, ASKED, TARGETS, look, config)
         return seen, [given for given, _ in seen["ddpm_loss"]], looks, deltas
     return run
 
@@ -205,7 +211,7 @@ def test_time_steps_are_any_and_the_seed_counts(attacked):
 @pytest.mark.parametrize("kind, lr, k", [
     ("token", 0.07, 2), ("longer", 0.07, 5), ("embedding", 0.07, 2)])
 def test_each_attack_has_the_learning_rate_and_its_own_length(attacked, kind, lr, k):
-    [((_, attack, *_), _)] = attacked(kind, eval_lr=0.07)[0]["run_attack"]
+    [attack] = attacked(kind, eval_lr=0.07)[0]["attack"]
     assert attack[1:] == (6, lr, k, None)
 
 

@@ -235,7 +235,7 @@ BAD = [  # arguments -> what the line says
     ("--steps", "argument --steps: expected one argument"),
     ("--steps ten", "argument --steps: invalid int value: 'ten'"),
     ("--steps 0", "--steps 0: must be a number, at least 1"),
-    ("--steps 5 --warmup 5", "--steps 5: must be more than --warmup, 5"),
+    ("--steps 5 --warmup 5", "--steps 5: must exceed --warmup, 5"),
     ("--warmup -1", "--warmup -1: must be"),
     ("--lr 0", "--lr 0.0: must be between"),
     ("--lr nan", "--lr nan: must be between"),

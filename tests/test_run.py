@@ -229,12 +229,8 @@ def test_files_of_the_lab_import_those_before_them_alone():
     assert {path.stem for path in (ROOT / "sd_mini/lab").glob("*.py")} == {*order}
 
 
-def test_help_answers_without_torch():
-    code = ("import sys, runpy; sys.argv = ['advunlearn.py', '--help']\n"
-            "try: runpy.run_path('advunlearn.py', run_name='__main__')\n"
-            "except SystemExit as stop: print('status', stop.code, 'torch' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.endswith("status 0 False\n"), done.stdout + done.stderr
+def test_help_lists_the_groups():
+    done = run("--help")
     groups = re.findall(r"^(\w+):\n  \w", done.stdout, re.M)
     assert groups == [*settings.GROUPS]
     first = done.stdout.split("\nfirst:")[1].split("\nmethod:")[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
-import os
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -256,7 +255,3 @@ def check_text(flag, text, choices, refuse):
                "path's 1,000")
 
 
-def answer_help(Config):
-    """Before torch is loaded, which takes seconds: answer --help and mistyped flags, set it up."""
-    parse(Config)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
