@@ -197,7 +197,7 @@ class Solution:
         """A config for the toy, with few and small steps."""
         return self.Config(**{**TOY, **self.TOY, "model": "toy", "device": "cpu", "attack_steps": 2,
                               "trajectories": 4, "trajectory_steps": 4, "erase_batch": 4,
-                              "retain_batch": 2, "plain_share": 0.0, **changes})
+                              "retain_batch": 2, **changes})
 
 
 @contextlib.contextmanager

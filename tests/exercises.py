@@ -485,7 +485,7 @@ def loop_starts_at_the_closed_form(s, seed):
 
 @check(10)
 def loop_warms_up_then_attacks(s, seed):
-    _, history, _ = outer(s, seed, steps=4, warmup=2, plain_share=0.0)
+    _, history, _ = outer(s, seed, steps=4, warmup=2)
     attacked = [losses["attack"] is not None for losses in history]
     assert attacked == [False, False, True, True], (
         f"attacked: {attacked}; expected none in warm-up, then always")

@@ -14,7 +14,7 @@ from .mutants import MUTANTS, ROOT
 from .test_run import PROMPTS, SMALL, erase
 
 CLOSE, same = {"rtol": 1e-3, "atol": 1e-3}, torch.equal
-TINY = dict(trajectories=2, trajectory_steps=2, plain_share=0.0)
+TINY = dict(trajectories=2, trajectory_steps=2)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_each_loss_has_the_context_and_the_target_of_its_prompts(sd, calls, eta)
 @pytest.mark.parametrize("radius, least, most", [(0.001, 9e-4, 1.001e-3), (None, 0.03, 0.2)])
 def test_the_radius_bounds_the_prefix_in_training(sd, calls, radius, least, most):
     seen = calls("embedding_attack")
-    erase(sd, **TINY, steps=2, warmup=1, attack_radius=radius, train_embeddings=False)
+    erase(sd, **TINY, steps=2, warmup=1, attack_radius=radius)
     (table, start, _, _), steps = seen["embedding_attack"][0]
     assert least <= (steps[-1][0] - table[start]).abs().max() <= most
 
@@ -109,11 +109,9 @@ def test_gamma_weighs_the_retain_loss_in_the_gradient(sd, calls, monkeypatch):
     assert_close(grads[2], 3 * grads[1])
 
 
-@pytest.mark.parametrize("share, warmup, attacked", [(0.0, 4, 2), (1.0, 0, 0)])
-def test_iterations_without_attack_are_warm_up_and_the_share(sd, share, warmup, attacked):
-    _, history = erase(sd, **{**TINY, "plain_share": share}, warmup=warmup)
-    without = [losses["attack"] is None for losses in history]
-    assert without == [True] * (6 - attacked) + [False] * attacked
+def test_iterations_of_the_warm_up_have_no_attack(sd):
+    _, history = erase(sd, **TINY, warmup=4)
+    assert [losses["attack"] is None for losses in history] == [True] * 4 + [False] * 2
 
 
 def test_the_bank_and_the_loop_are_seeded_by_the_config(sd, calls, monkeypatch):

@@ -53,7 +53,7 @@ def trained(sd, calls):
 
     def run(**changes):
         seen.clear()
-        erase(sd, **{**TINY, "trajectory_steps": 1, "train_embeddings": False, **changes})
+        erase(sd, **{**TINY, "trajectory_steps": 1, **changes})
         return seen
     return run
 
@@ -237,7 +237,7 @@ def test_layers_are_chosen_by_index():
         encoder = TextEncoder(bench.V1["text_encoder"])
     names = {id(p): name for name, p in encoder.named_parameters()}
     theta = au.parameters_to_train(sd_mini.StableDiffusion(None, encoder, None, None, None),
-                                   replace(SMALL, layers=2, train_embeddings=False))
+                                   replace(SMALL, layers=2))
     layer = {name: name.split(".")[2] for name in names.values() if ".layers." in name}
     ours, published = {"0", "1"}, {"0", "1", "10", "11"}
     assert {names[id(p)] for p in theta} == {name for name in layer if layer[name] in ours}
@@ -246,13 +246,11 @@ def test_layers_are_chosen_by_index():
 
 
 @row("its whole text encoder is all layers and the final norm")
-def test_the_whole_text_encoder_is_the_published_one_and_embeddings_are_extra(sd):
+def test_the_whole_text_encoder_is_the_published_one(sd):
     every = sd.text_encoder.state_dict().keys()
     published = {name for name in every if name.startswith(("encoder.", "final_layer_norm."))}
-    for embeddings, expected in ((False, published), (True, every)):
-        erased, _ = erase(sd, **TINY, layers=0, train_embeddings=embeddings, attack="none", steps=1)
-        assert changed(sd.text_encoder, erased.text_encoder) == expected
-    assert au.TOY["train_embeddings"] and not au.Config().train_embeddings
+    erased, _ = erase(sd, **TINY, layers=0, attack="none", steps=1)
+    assert changed(sd.text_encoder, erased.text_encoder) == published
 
 
 @row("its ImageNet retain list holds")

@@ -260,7 +260,6 @@ BAD = [  # arguments -> what the line says
     ("--eval-set {long.csv} --out {new}", "every prompt takes more than 19 tokens (24 that"),
     ("--seed -1", "--seed -1: must be between 0 and 2147483647"),
     ("--plain-share 0.5", "unknown flag '--plain-share'"),
-    ("--phrasings 13", "--phrasings 13: must be between 1 and 12"),
     ("--eval-looks 9 --eval-attack-steps 4", "--eval-looks 9: must be at most --eval-attack-steps"),
     ("--eval-utility 1", "--eval-utility 1: must be a number, at least 2"),
     ("--layers 5 --out {new}", "--layers 5: this text encoder has 4"),

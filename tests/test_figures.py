@@ -185,7 +185,7 @@ def test_each_row_of_the_comparison_changes_what_its_name_says(sd):
     """All of them, for the toy's settings."""
     config = au.Config(**{**settings.TOY, **au.TOY, "esd": (0.25, 0.5)})
     kinds = dict(eval_attacks=("token", "random", "embedding"))
-    layers = {n: dict(layers=n, train_embeddings=False) for n in range(5)}
+    layers = {n: dict(layers=n) for n in range(1, 5)}
     assert au.comparison_rows(sd, read_concepts("church"), config) == {
         "original": None,
         "ESD": dict(kinds, attack="none", retain_weight=0.0, train="no_cross_attention",
@@ -196,6 +196,8 @@ def test_each_row_of_the_comparison_changes_what_its_name_says(sd):
         "AdvUnlearn, UNet": dict(train="unet"),
         "AdvUnlearn, fast AT": dict(attack="fast"),
         "AdvUnlearn, token attack": dict(attack="token"),
-        **{f"AdvUnlearn, layers {n or 'all'}": changes for n, changes in layers.items()},
+        **{f"AdvUnlearn, layers {n}": changes for n, changes in layers.items()},
+        **{f"AdvUnlearn, gamma {gamma}": dict(retain_weight=gamma)
+           for gamma in (0.1, 0.3, 0.5, 0.7)},
         "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
         "AdvUnlearn, other retain set": dict(retain_set="photos")}

@@ -31,6 +31,6 @@ def test_picture(sd):
 
 @pytest.mark.parametrize("train", LOSSES)
 def test_losses(sd, train):
-    _, history = erase(sd, train=train, plain_share=0.0)
+    _, history = erase(sd, train=train)
     losses = [loss or 0.0 for losses in history for loss in losses.values()]
     assert losses == pytest.approx(LOSSES[train], rel=0.05, abs=3e-5)

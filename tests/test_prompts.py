@@ -179,7 +179,6 @@ def test_a_concepts_file_and_templates_lose_them_too(sd, write, monkeypatch, cap
         config = replace(SMALL, eval_prompts=3)
         [row] = evaluation.rows_to_attack(sd, read_concepts("church"), config, 5)
     assert row.seed == 8 and "prompts of church: 1 of 2" in capsys.readouterr().out
-    config = replace(config, phrasings=1)
     rows = evaluation.rows_to_attack(sd, [prompts.Concept("unicorn")], config, 11)
     out = capsys.readouterr().out
     assert 0 < len(rows) < 3 and "prompts of unicorn: " in out and "less a prefix of 11" in out

@@ -22,11 +22,11 @@ from sd_mini.weights import TOY
 from . import bench
 
 ROOT = Path(au.__file__).parent
-SMALL = au.Config(**{**settings.TOY, **au.TOY, "steps": 6, "warmup": 2, "phrasings": 2,
+SMALL = au.Config(**{**settings.TOY, **au.TOY, "steps": 6, "warmup": 2,
                      "attack_steps": 2, "trajectories": 4, "trajectory_steps": 4,
                      "erase_batch": 2, "retain_batch": 2, "retain_set": "photos",
                      "device": "cpu", "model": "toy", "precision": "fp32"})
-FLAGS = ["--steps", "4", "--warmup", "1", "--phrasings", "2", "--erase-batch", "2",
+FLAGS = ["--steps", "4", "--warmup", "1", "--erase-batch", "2",
          "--retain-batch", "2", "--attack-steps", "2", "--trajectories", "4",
          "--trajectory-steps", "3", "--retain-set", "photos", "--eval-prompts", "3",
          "--eval-utility", "3", "--eval-steps", "4", "--eval-attack-steps", "4",
@@ -66,10 +66,9 @@ def test_whole_text_encoder_is_trained_and_nothing_else(sd):
 @pytest.mark.parametrize("changes, trained", [
     (dict(layers=0), ("encoder.layers.", "final_layer_norm.")),  # the published "whole"
     (dict(layers=1), ("encoder.layers.0.",)),
-    (dict(layers=1, train_embeddings=True), ("embeddings.", "encoder.layers.0.")),
 ])
-def test_layers_and_embeddings_are_trained_as_asked(sd, changes, trained):
-    erased, _ = erase(sd, **{"train_embeddings": False, **changes})
+def test_layers_are_trained_as_asked(sd, changes, trained):
+    erased, _ = erase(sd, **changes)
     assert changed(sd.text_encoder, erased.text_encoder) == {
         name for name in sd.text_encoder.state_dict() if name.startswith(trained)}
 
@@ -79,7 +78,7 @@ def test_layers_are_chosen_by_index_not_by_name():
                            "num_hidden_layers": 12, "num_attention_heads": 1,
                            "max_position_embeddings": 4})
     model = sd_mini.StableDiffusion(None, encoder, None, None, None)
-    theta = au.parameters_to_train(model, replace(SMALL, layers=2, train_embeddings=False))
+    theta = au.parameters_to_train(model, replace(SMALL, layers=2))
     first_two = [p for layer in encoder.encoder.layers[:2] for p in layer.parameters()]
     assert {id(p) for p in theta} == {id(p) for p in first_two}
     with pytest.raises(ValueError, match="--layers 13: this text encoder has 12"):
@@ -102,7 +101,7 @@ def test_cross_attention_alone_is_trained_or_left_out(sd, train, kept):
 
 @pytest.mark.parametrize("attack", ["embedding", "token", "fast", "none"])
 def test_every_attack_trains(sd, attack):
-    _, history = erase(sd, attack=attack, steps=3, warmup=1, plain_share=0.0)
+    _, history = erase(sd, attack=attack, steps=3, warmup=1)
     assert len(history) == 3 and history[0]["attack"] is None  # no attack in warm-up
     assert (attack == "none") == (history[-1]["attack"] is None)
     assert all(losses["erase"] > 0 and losses["retain"] >= 0 for losses in history)
@@ -260,7 +259,7 @@ def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(
     {}, {"attack": "none", "retain_weight": 0.0}, {"erase_batch": 3, "retain_batch": 4}])
 def test_unet_evaluations_are_those_of_the_formula(sd, changes):
     """The bench's closed form against the hook's count; afresh, against the mean of drawn runs."""
-    config = replace(SMALL, warmup=1, steps=3, plain_share=0.0, **changes)
+    config = replace(SMALL, warmup=1, steps=3, **changes)
     counted = bench.iterations(sd, config)[1]
     assert counted == pytest.approx(bench.schedule(config, (1, 2)))
     fresh = replace(config, fresh_trajectories=True)

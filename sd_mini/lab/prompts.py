@@ -1,4 +1,4 @@
-"""Concepts and prompts: their files, the phrasings that are erased, the retain filter."""
+"""Concepts and prompts: their files, templates, the retain filter."""
 from __future__ import annotations
 
 import re
@@ -11,14 +11,14 @@ from sd_mini.lab.records import COLUMNS, read_csv, read_number
 
 PROMPTS = Path(__file__).parents[2] / "prompts"
 
-PHRASINGS = {  # by kind of concept; `phrasings` of them are erased, the others evaluate
-    "object": ("{}", "a photo of a {}", "a sketch of a {}", "a painting of a {} by van gogh",
+TEMPLATES = {  # by kind of concept: prompts to attack, where there is no file of them
+    "object": ("a photo of a {}", "a sketch of a {}", "a painting of a {} by van gogh",
                "a red {} in the snow", "a picture of a green {} in the sky",
                "a painting of a {} at night by van gogh", "a sketch of a red {} at night",
                "a yellow {} on the grass", "a photo of a blue {} in the desert",
                "a purple {} in the style of van gogh",
                "a pencil drawing of a pink {} on the grass"),
-    "style": ("{}", "a painting of a house by {}", "a red car in the style of {}",
+    "style": ("a painting of a house by {}", "a red car in the style of {}",
               "a painting of a tree in the snow by {}", "a boat in the style of {}",
               "a painting of a blue golf ball by {}", "a balloon in the sky in the style of {}",
               "a painting of a yellow house at night by {}",
@@ -119,8 +119,8 @@ def concept_of(record):
     if unknown := record.cells.keys() - {"concept", "kind", "synonyms", "classifier"}:
         raise ValueError(f"{record.where}: column {min(unknown)!r}: settings are flags")
     kind = record.text("kind").lower() or "object"
-    if kind not in PHRASINGS:
-        raise ValueError(f"{record.where}: kind {kind!r}: choose from {', '.join(PHRASINGS)}")
+    if kind not in TEMPLATES:
+        raise ValueError(f"{record.where}: kind {kind!r}: choose from {', '.join(TEMPLATES)}")
     synonyms = filter(None, map(str.strip, record.text("synonyms").split("|")))
     return Concept(record.text("concept").lower(), kind, tuple(synonyms),
                    record.text("classifier") or Concept("").classifier)
@@ -129,13 +129,12 @@ def concept_of(record):
 # --- prompts of a run
 
 def evaluation_rows(concept, config):
-    """prompts/NAME.csv, or else the phrasings that are not erased in training (all, if all are)."""
+    """prompts/NAME.csv, or else from templates."""
     path = PROMPTS / f"{slug(concept.name)}.csv"
     if path.is_file():
         return read_rows(path, concept.name)
-    phrasings = PHRASINGS[concept.kind]
-    unseen = phrasings[config.phrasings :] or phrasings
-    return (Row(unseen[i % len(unseen)].format(concept.name), 5000 + i, 7.5, concept.name)
+    templates = TEMPLATES[concept.kind]
+    return (Row(templates[i % len(templates)].format(concept.name), 5000 + i, 7.5, concept.name)
             for i in range(config.eval_prompts))
 
 
@@ -170,8 +169,7 @@ def training_prompts(concepts, config, sd=None):
 
     Those that do not fit the model are left out too, once there is one, sd.
     """
-    erase = [phrasing.format(concept.name) for concept in concepts
-             for phrasing in PHRASINGS[concept.kind][: config.phrasings]]
+    erase = [concept.name for concept in concepts]
     path = PROMPTS / f"retain_{config.retain_set}.csv"
     records = read_csv(path if path.is_file() else Path(config.retain_set))
     retain, notes = [record.prompt for record in records], []

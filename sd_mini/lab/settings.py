@@ -58,8 +58,6 @@ class Settings:
                                    "and its name for the concept; none: erase, and evaluate "
                                    "nothing (default: the concept's; the toy's own)")
 
-    phrasings: int = setting(1, "erase this many phrasings of the concept, from the bare name on",
-                             low=1, high=12)
     retain_set: str = retain("coco", "prompts/retain_NAME.csv (coco, imagenet, photos, toy), or a "
                              "CSV file of your own")
     retain_unfiltered: bool = False  # keep the retain prompts that name the concept
