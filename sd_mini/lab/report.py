@@ -179,7 +179,7 @@ def save_images(folder, evaluation_set, pictures):
 
 
 def plot_losses(path, history):
-    """[{"erase": loss, "attack": loss or None, ...}, ...] -> a curve each, with its running mean.
+    """[{"one": loss, "other": loss or None, ...}, ...] -> a curve each, with its running mean.
 
     The mean is over 20 values. A loss may begin after the first iteration.
     """

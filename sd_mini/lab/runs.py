@@ -41,7 +41,7 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
         with resumable(folder, steps, theta, optimizer, generator) as (iterations, history):
             for i in iterations:
                 ...
-                history.append({"erase": 0.1, "retain": 0.2})
+                history.append({"loss": 0.1, "other loss": 0.2})
 
     `theta` is the list of parameters in training. Every `save_every` iterations their state, that
     of optimizer and generator, and the history of losses are written to `folder`; with folder None
