@@ -30,7 +30,7 @@ class StableDiffusion:
     schedule: Schedule
     folder: Path | None = None  # the tokenizer and the configs came from here
     precision: torch.dtype = torch.float32  # of what is not trained
-    run: Callable = call  # how a network is run on tensors; the lab counts here
+    run: Callable = call  # how a network is run on tensors; tests count here
 
     @property
     def device(self):
