@@ -501,9 +501,9 @@ EVALUATED = ("token", "random", "longer", "embedding", "inversion")
 class Config(Settings):
     """The method's own. Defaults are the published ones for objects and styles."""
 
-    train: str = setting("text_encoder", "what is trained; the paper prefers it", TRAINED)
-    layers: int = setting(1, "the first layers; 0: the whole (nudity)", low=0)
-    train_embeddings: bool = setting(False, "its embeddings too; the paper never does")
+    train: str = setting("text_encoder", "what is trained (paper: the first)", TRAINED)
+    layers: int = setting(1, "first layers; 0: all, and the final norm (nudity)", low=0)
+    train_embeddings: bool = setting(False, "train embeddings too; the paper never does")
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
     lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
@@ -512,7 +512,7 @@ class Config(Settings):
     plain_share: float = 0.0  # share of the iterations after warm-up without attack
     esd: tuple = (1e-5, 1e-5)  # Adam's rate for ESD-u and ESD-x in the comparison
 
-    attack: str = setting("embedding", "the attack in training", KINDS, group="attack")
+    attack: str = setting("embedding", "in training; fast: 1 step", KINDS, group="attack")
     attack_steps: int = setting(30, "steps of the attack", low=1, group="attack")
     attack_lr: float = setting(
         1e-3, "Adam's learning rate for delta", low=1e-10, high=10, group="attack")
@@ -521,9 +521,9 @@ class Config(Settings):
     prefix: int = setting(1, "k, tokens of the prefix in training", low=1, group="attack")
 
     retain_weight: float = setting(0.5, "gamma (0.3 for nudity)", low=0, group="retain")
-    retain_batch: int = setting(5, "prompts of an iteration", low=1, group="retain")
+    retain_batch: int = setting(5, "prompts of each iteration", low=1, group="retain")
 
-    trajectories: int = setting(32, "runs in each bank, at least one a prompt", low=1)
+    trajectories: int = setting(32, "runs of each bank, at least one a prompt", low=1)
     trajectory_steps: int = setting(50, "DDIM steps of each run", low=1, high=500)
     fresh_trajectories: bool = setting(False, "sample anew for every x_t, as published")
 
