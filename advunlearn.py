@@ -498,8 +498,8 @@ EVALUATED = ("token", "random", "longer", "embedding", "inversion")
 class Config(Settings):
     """The method's own. Defaults are the published ones for objects and styles."""
 
-    train: str = setting("text_encoder", "what is trained; the paper prefers it", TRAINED)
-    layers: int = setting(1, "the first layers; 0: the whole", low=0)
+    train: str = setting("text_encoder", "what is trained (paper: the first)", TRAINED)
+    layers: int = setting(1, "first layers; 0: all, and the final norm", low=0)
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
     lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
@@ -507,7 +507,7 @@ class Config(Settings):
     erase_batch: int = setting(1, "latents x_t in the erase loss", low=1)
     esd: tuple = (1e-5, 1e-5)  # Adam's rate for ESD-u and ESD-x in the comparison
 
-    attack: str = setting("embedding", "the attack in training", KINDS, group="attack")
+    attack: str = setting("embedding", "in training; fast: 1 step", KINDS, group="attack")
     attack_steps: int = setting(30, "steps of the attack", low=1, group="attack")
     attack_lr: float = setting(
         1e-3, "Adam's learning rate for delta", low=1e-10, high=10, group="attack")
@@ -520,7 +520,7 @@ class Config(Settings):
     retain_weight: float = setting(0.5, "gamma", low=0, group="retain")
     retain_batch: int = setting(5, "prompts of an iteration", low=1, group="retain")
 
-    trajectories: int = setting(32, "runs in each bank, at least one a prompt", low=1)
+    trajectories: int = setting(32, "runs of each bank, at least one a prompt", low=1)
     trajectory_steps: int = setting(50, "DDIM steps of each run", low=1, high=500)
     fresh_trajectories: bool = setting(False, "sample anew for every x_t, as published")
 
