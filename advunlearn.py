@@ -273,8 +273,9 @@ def advunlearn(sd_o, erase_prompts, retain_prompts, config, folder=None):
         min over theta of  l_ESD(theta, c*) + gamma * mean over r of the retain loss
         where c* = argmin over c' of l_atk(theta, c')
 
-    Source: eq. 6 and 5. The warm-up without attack is the published code's. With attack "none" and gamma 0 this is ESD; with gamma 0 alone, naive AT.
-    `folder` keeps a stopped run, to go on with. The same seed gives the same bytes.
+    Source: eq. 6 and 5. The warm-up without attack is the published code's. With attack
+    "none" and gamma 0 this is ESD; with gamma 0 alone, naive AT. `folder` keeps a stopped
+    run, to go on with. The same seed gives the same bytes.
     """
     part = "text_encoder" if config.train == "text_encoder" else "unet"
     sd = replace(sd_o, **{part: copy.deepcopy(getattr(sd_o, part)).float()})
@@ -560,9 +561,8 @@ def check_prompts(sd_o, erase_prompts, retain_prompts, config):
 
 def comparison_rows(sd_o, concepts, config):
     """The paper's tables, and some more: {row: what it changes in the config}."""
-    # The longer prefix is tried on AdvUnlearn alone.
     attacks = tuple(kind for kind in config.eval_attacks if kind != "longer")
-    no_retain = dict(retain_weight=0.0, eval_attacks=attacks)
+    no_retain = dict(retain_weight=0.0, eval_attacks=attacks)  # the longer: AdvUnlearn's
     esd_u = dict(train="no_cross_attention", lr=config.esd[0])
     esd_x = dict(train="cross_attention", lr=config.esd[1])
     # Published is ESD-x for nudity and Van Gogh, ESD-u for objects.
