@@ -259,7 +259,7 @@ def test_a_retain_prompt_that_names_the_concept_is_dropped_and_named():
     _, published, _ = training_prompts(church, replace(config, retain_unfiltered=True))
     _, ours, notes = training_prompts(church, config)
     assert [prompt for prompt in published if prompt not in ours] == ["a photo of a church"]
-    assert notes == ["not retained, since they name the concept: a photo of a church"]
+    assert notes == ["not retained, since too near to the concept: a photo of a church"]
 
 
 @row("argument defaults contradict its README")
