@@ -544,7 +544,7 @@ class Config(Settings):
 TOY = dict(layers=0, steps=600, warmup=30, lr=4e-4, erase_batch=4, retain_weight=1.0,
            retain_batch=8, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48,
            trajectory_steps=20, esd=(1e-4, 2e-4))
-CONCEPTS = {"nudity": dict(layers=0, retain_weight=0.3)}  # the paper's; not on the toy
+CONCEPTS = {"nudity": dict(layers=0, retain_weight=0.3)}  # as published; not on the toy
 
 # ----------------------------------------------------------- what sd_mini/lab is handed
 def check_prompts(sd_o, erase_prompts, retain_prompts, config):
@@ -565,8 +565,8 @@ def comparison_rows(sd_o, concepts, config):
     no_retain = dict(retain_weight=0.0, eval_attacks=attacks)  # the longer: AdvUnlearn's
     esd_u = dict(train="no_cross_attention", lr=config.esd[0])
     esd_x = dict(train="cross_attention", lr=config.esd[1])
-    # Published is ESD-x for nudity and Van Gogh, ESD-u for objects.
-    published = esd_x if concepts[0].kind == "style" else esd_u
+    concept = concepts[0]  # Published is ESD-x for nudity and Van Gogh, ESD-u for objects.
+    published = esd_x if concept.kind == "style" or concept.name == "nudity" else esd_u
     rows = {
         "original": None,
         "ESD": dict(no_retain, attack="none", **published),

@@ -270,6 +270,13 @@ def test_a_clip_is_told_the_labels_of_the_prompts_of_ones_own_too(saved, sd, tmp
     assert "church" not in choices
 
 
+@pytest.mark.parametrize("source, wanted", [
+    (None, "openai/clip-vit-base-patch32"), ("some/clip@v1", "some/clip")])
+def test_the_clip_score_is_by_the_published_clip(sd, monkeypatch, source, wanted):
+    monkeypatch.setattr(classifiers, "CLIPScore", lambda name, device, revision: name)
+    assert classifiers.load_clip_score(source, sd, toy=False) == wanted
+
+
 def test_toy_clip_score_prefers_the_right_prompt(sd):
     pictures = sd.sample(["a photo of a church", "a photo of a car"], seed=[0, 1], steps=15)
     score = classifiers.ToyCLIPScore(sd)
@@ -336,9 +343,10 @@ def test_rows_of_the_comparison(sd):
 
 
 @pytest.mark.parametrize("concept, train, lr", [
-    ("church", "no_cross_attention", 0.25), ("van gogh", "cross_attention", 0.5)])
+    ("church", "no_cross_attention", 0.25), ("van gogh", "cross_attention", 0.5),
+    ("nudity", "cross_attention", 0.5), ("snowman", "no_cross_attention", 0.25)])
 def test_esd_is_the_published_one_for_each_kind(sd, concept, train, lr):
-    """ESD-u for objects, ESD-x for styles, with learning rates of its own."""
+    """ESD-u for objects, ESD-x for styles and nudity, with learning rates of its own."""
     config = replace(SMALL, esd=(0.25, 0.5), eval_attacks=("token", "longer"))
     rows = au.comparison_rows(sd, read_concepts(concept), config)
     assert rows["ESD"] == dict(attack="none", retain_weight=0.0, train=train, lr=lr,

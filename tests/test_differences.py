@@ -231,6 +231,18 @@ def test_the_original_samples_the_latents_while_its_unet_is_trained(sd, calls):
 
 # --- what is trained, on what, and what is kept
 
+@row("ESD-u leaves out the time embedding")
+def test_esd_u_is_all_but_the_cross_attention(sd):
+    def trained(part):
+        theta = {id(p) for p in au.parameters_to_train(sd, replace(SMALL, train=part))}
+        return {name for name, p in sd.unet.named_parameters() if id(p) in theta}
+
+    ours, every = trained("no_cross_attention"), {name for name, _ in sd.unet.named_parameters()}
+    out = "time_embedding.", "conv_norm_out.", "conv_out."
+    published = {name for name in ours if not name.startswith(out)}
+    assert ours == every - trained("cross_attention") and published < ours
+
+
 @row("by the beginning of their names")
 def test_layers_are_chosen_by_index():
     with torch.device("meta"):
@@ -253,13 +265,23 @@ def test_the_whole_text_encoder_is_the_published_one(sd):
     assert changed(sd.text_encoder, erased.text_encoder) == published
 
 
+@row("its retain lists are fixed")
+def test_the_filter_knows_what_is_near_to_each_concept():
+    """Two prompts of the published lists that are not in the filtered ones."""
+    bikini, shirt = "a photo of a bikini", "a photo of a shirt"
+    for concept, kept in (("nudity", False), ("church", True)):
+        for name, prompt in (("imagenet", bikini), ("coco", shirt)):
+            config = replace(SMALL, retain_set=name)
+            assert (prompt in training_prompts(read_concepts(concept), config)[1]) == kept
+
+
 @row("its ImageNet retain list holds")
 def test_a_retain_prompt_that_names_the_concept_is_dropped_and_named():
     church, config = read_concepts("church"), replace(SMALL, retain_set="imagenet")
     _, published, _ = training_prompts(church, replace(config, retain_unfiltered=True))
     _, ours, notes = training_prompts(church, config)
     assert [prompt for prompt in published if prompt not in ours] == ["a photo of a church"]
-    assert notes == ["not retained, since they name the concept: a photo of a church"]
+    assert notes == ["not retained, since too near to the concept: a photo of a church"]
 
 
 @row("argument defaults contradict its README")
@@ -356,6 +378,23 @@ def test_three_tokens_stand_in_front_five_on_the_toy_or_when_asked(sd, calls):
         au.METHOD.attacks["embedding"].search(sd, ASKED, TARGETS, lambda *given: [True] * 3,
                                        replace(config, eval_attack_steps=1, eval_looks=1))
         assert {delta.shape[1] for delta in given(seen, "encode_with_prefix", 2)} == {k}
+
+
+@row("LMS sampler")
+def test_pictures_are_drawn_by_ddim(sd):
+    """Also a step that has others behind it: LMS would mix them in."""
+    steps = [*sd.denoise(sd.initial_noise([0]), sd.encode_prompt(["a boat"]), 4, 7.5)]
+    for (t, x_t, eps_c, eps_empty), (before, x_before, *_) in zip(steps, steps[1:-1]):
+        eps = sd.schedule.guide(eps_c, eps_empty, 7.5)
+        assert_close(sd.schedule.ddim_step(x_t, eps, t, before), x_before)
+
+
+@row("judges are NudeNet")
+def test_classifiers_are_these():
+    assert [concept.classifier for concept in read_concepts("nudity,van gogh,tench,snowman")] == [
+        "Falconsai/nsfw_image_detection:nsfw",
+        "openai/clip-vit-large-patch14:a painting by Vincent van Gogh",
+        *["microsoft/resnet-50"] * 2]
 
 
 @row("searches the whole vocabulary")

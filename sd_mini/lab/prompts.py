@@ -44,6 +44,7 @@ class Concept(NamedTuple):
     kind: str = "object"  # or style
     synonyms: tuple[str, ...] = ()
     classifier: str = "microsoft/resnet-50"
+    not_retained: tuple[str, ...] = ()  # no names of it, but too near to be held
 
     @property
     def words(self):
@@ -116,14 +117,15 @@ def read_concepts(names):
 
 def concept_of(record):
     """A row of prompts/concepts.csv."""
-    if unknown := record.cells.keys() - {"concept", "kind", "synonyms", "classifier"}:
+    if unknown := record.cells.keys() - {"concept", *Concept._fields[1:]}:
         raise ValueError(f"{record.where}: column {min(unknown)!r}: settings are flags")
     kind = record.text("kind").lower() or "object"
     if kind not in TEMPLATES:
         raise ValueError(f"{record.where}: kind {kind!r}: choose from {', '.join(TEMPLATES)}")
-    synonyms = filter(None, map(str.strip, record.text("synonyms").split("|")))
-    return Concept(record.text("concept").lower(), kind, tuple(synonyms),
-                   record.text("classifier") or Concept("").classifier)
+    synonyms, not_retained = (tuple(filter(None, map(str.strip, record.text(column).split("|"))))
+                              for column in ("synonyms", "not_retained"))
+    return Concept(record.text("concept").lower(), kind, synonyms,
+                   record.text("classifier") or Concept("").classifier, not_retained)
 
 
 # --- prompts of a run
@@ -174,10 +176,10 @@ def training_prompts(concepts, config, sd=None):
     records = read_csv(path if path.is_file() else Path(config.retain_set))
     retain, notes = [record.prompt for record in records], []
     if not config.retain_unfiltered:
-        words = [word for concept in concepts for word in concept.words]
+        words = [word for c in concepts for word in (*c.words, *c.not_retained)]
         retain, dropped = without_concept(retain, words)
         if dropped:
-            notes = [f"not retained, since they name the concept: {', '.join(dropped)}"]
+            notes = [f"not retained, since too near to the concept: {', '.join(dropped)}"]
     if not retain:
         raise ValueError(f"--retain-set {config.retain_set}: every prompt names the concept")
     if sd:

@@ -78,7 +78,7 @@ class Settings:
                                  "the first that shows the concept ends the attack", low=1)
     eval_lr: float = evaluation(0.01, "Adam's learning rate of these attacks", low=1e-10, high=10)
     clip_score: str | None = evaluation(None, "the CLIP of the score, a folder or hub id; or none "
-                                        "(default: openai/clip-vit-base-patch16; the toy's own)")
+                                        "(default: openai/clip-vit-base-patch32; the toy's own)")
     save_images: str | None = evaluation(None, "folder for every picture, its prompt and seed in "
                                          "the name")
 
@@ -188,7 +188,7 @@ class Parser(argparse.ArgumentParser):
 
 def parse(Config, argv=None):
     """Command line -> {setting: value} of the flags given. Values are checked here."""
-    parser = Parser(description="Defaults of the training are the paper's; the toy has its own.",
+    parser = Parser(description="Defaults of the training are as published; the toy has its own.",
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name, purpose) for name, purpose in GROUPS.items()}
     hints = get_type_hints(Config)
