@@ -30,8 +30,7 @@ Notation
     E, p            the embeddings of all V tokens (V, D); the prefix as k distributions
     eta, gamma      how far ESD pushes away from c; the weight of the retain loss
     || . ||^2       the mean over coordinates, so that sizes can be compared
-    config          settings: see `Config`, near the end; seed and eval_... are those of
-                    any method
+    config          settings: see `Config`, near the end
 """
 import copy
 import math
@@ -363,8 +362,7 @@ def trajectory_bank(sd_o, prompts, config):
         batch = texts[first : first + config.eval_batch]
         seeds = [first_seed + first + i for i in range(len(batch))]
         sampled.append(sample_latents(sd_o, batch, seeds, len(grid)).cpu())
-    bank = torch.cat(sampled).unflatten(0, (len(prompts), runs))
-    # (prompt, run, step, 3, 4, h, w): the 3 are x_t, eps_c and eps_empty
+    bank = torch.cat(sampled).unflatten(0, (len(prompts), runs))  # [prompt, run, step]
     [bank] = placed([bank], "cpu" if config.low_memory else sd_o.device)
 
     def draw(n, generator, times=1):
@@ -539,10 +537,10 @@ class Config(Settings):
             raise ValueError("--task compare: sets --attack and --train itself")
 
 
-# The toy departs from the paper, since its text encoder is tiny and knows few words. The
-# attack may move delta by 0.08, 3.5 standard deviations. Found on church and parachute.
-TOY = dict(layers=0, steps=600, warmup=30, lr=4e-4, erase_batch=4, retain_weight=1.0,
-           retain_batch=8, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48,
+# The toy's text encoder is tiny and has to learn in minutes. The attack may move delta by
+# 0.08, 3.5 standard deviations. sd_mini/lab/README.md says what each departure is for.
+TOY = dict(layers=0, steps=600, warmup=30, lr=2e-4, erase_batch=4, retain_weight=2.0,
+           retain_batch=12, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48,
            trajectory_steps=20, esd=(1e-4, 2e-4))
 CONCEPTS = {"nudity": dict(layers=0, retain_weight=0.3)}  # as published; not on the toy
 
@@ -561,17 +559,14 @@ def check_prompts(sd_o, erase_prompts, retain_prompts, config):
 
 def comparison_rows(sd_o, concepts, config):
     """The paper's tables, and some more: {row: what it changes in the config}."""
-    attacks = tuple(kind for kind in config.eval_attacks if kind != "longer")
-    no_retain = dict(retain_weight=0.0, eval_attacks=attacks)  # the longer: AdvUnlearn's
-    esd_u = dict(train="no_cross_attention", lr=config.esd[0])
-    esd_x = dict(train="cross_attention", lr=config.esd[1])
-    concept = concepts[0]  # Published is ESD-x for nudity and Van Gogh, ESD-u for objects.
-    published = esd_x if concept.kind == "style" or concept.name == "nudity" else esd_u
+    esd = dict(train="no_cross_attention", lr=config.esd[0])  # ESD-u
+    if concepts[0].kind == "style" or concepts[0].name == "nudity":  # as published
+        esd = dict(train="cross_attention", lr=config.esd[1])  # ESD-x
     rows = {
         "original": None,
-        "ESD": dict(no_retain, attack="none", **published),
-        "ESD, text encoder": dict(no_retain, attack="none"),
-        "naive AT": no_retain,
+        "ESD": dict(attack="none", retain_weight=0.0, **esd),
+        "ESD, text encoder": dict(attack="none", retain_weight=0.0),
+        "naive AT": dict(retain_weight=0.0),
         "AdvUnlearn": {},
         "AdvUnlearn, UNet": dict(train="unet"),
         "AdvUnlearn, fast AT": dict(attack="fast"),
@@ -593,12 +588,11 @@ PREFIXES = (  # name, what its column counts, title and short title in tables
     ("random", "random tokens, at as many looks: the control", "random prefix", "rnd"),
     ("longer", "the token attack with a longer prefix", "longer prefix", "lon"),
     ("embedding", "a prefix of free embeddings", "embedding attack", "emb"))
-ATTACKS = {
-    kind: EvalAttack(partial(prefix_attack, kind=kind), *texts,
-                     room=partial(prefix_length, kind=kind)) for kind, *texts in PREFIXES}
-ATTACKS["inversion"] = EvalAttack(
-    inversion_attack, "one embedding in the name's place (CCE)", room=lambda config: 1,
-    together=True)
+ATTACKS = {kind: EvalAttack(partial(prefix_attack, kind=kind), *texts,
+                            partial(prefix_length, kind=kind))
+           for kind, *texts in PREFIXES}
+ATTACKS["inversion"] = EvalAttack(inversion_attack, "one embedding as its name (CCE)",
+                                  room=lambda config: 1, together=True)
 METHOD = Method(config=Config, train=advunlearn, attacks=ATTACKS, toy=TOY,
                 concepts=CONCEPTS, check=check_prompts, rows=comparison_rows)
 

@@ -288,14 +288,11 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      'if not d["without_attack"] and d["broken"]]', 'if d["without_attack"] or d["broken"]]',
      "compare::test_the_comparisons_picture_shows_what_the_attack_breaks_in_the_first_row"),
     ("comparison: naive AT has a retain loss", A,
-     '"naive AT": no_retain,', '"naive AT": {},', ROWS),
+     '"naive AT": dict(retain_weight=0.0),', '"naive AT": {},', ROWS),
     ("comparison: fast AT is the ordinary one", A,
      '"AdvUnlearn, fast AT": dict(attack="fast")', '"AdvUnlearn, fast AT": {}', ROWS),
     ("comparison: ESD with the learning rate of AdvUnlearn", A,
      '"no_cross_attention", lr=config.esd[0])', '"no_cross_attention", lr=config.lr)', ROWS),
-    ("comparison: ESD-x and ESD-u are swapped", A,
-     "published = esd_x if", "published = esd_u if", "compare::"
-     "test_esd_is_the_published_one_for_each_kind"),
     # --- prompts
     ("prompts: the retain set keeps the concept", P, "zip(prompts, named) if not names]",
      "zip(prompts, named)]", "run::test_retain_set_loses_prompts_that_name_the_concept"),
