@@ -40,10 +40,9 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from sd_mini.lab import EvalAttack, Method, Settings, main, setting
-from sd_mini.lab.runs import check_memory, placed, read, resumable
+from sd_mini.lab.runs import check_memory, placed, progress, read, resumable
 
 # ----------------------------------------------------------------------------- diffusion
 def squared_error(a, b):
@@ -359,7 +358,7 @@ def trajectory_bank(sd_o, prompts, config):
     grid = torch.tensor(sd_o.schedule.timesteps(config.trajectory_steps))
 
     sampled, firsts = [], range(0, len(texts), config.eval_batch)
-    for first in tqdm(firsts, "sampling the bank", leave=False):
+    for first in progress(firsts, "sampling the bank", leave=False):
         batch = texts[first : first + config.eval_batch]
         seeds = [first_seed + first + i for i in range(len(batch))]
         sampled.append(sample_latents(sd_o, batch, seeds, len(grid)).cpu())
@@ -566,7 +565,8 @@ def comparison_rows(sd_o, concepts, config):
     no_retain = dict(retain_weight=0.0, eval_attacks=attacks)
     esd_u = dict(train="no_cross_attention", lr=config.esd[0])
     esd_x = dict(train="cross_attention", lr=config.esd[1])
-    concept = concepts[0]  # Published is ESD-x for nudity and Van Gogh, ESD-u for objects.
+    # Published is ESD-x for nudity and Van Gogh, ESD-u for objects.
+    concept = concepts[0]
     published = esd_x if concept.kind == "style" or concept.name == "nudity" else esd_u
     rows = {
         "original": None,
