@@ -39,10 +39,9 @@ from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from sd_mini.lab import EvalAttack, Method, Settings, main, setting
-from sd_mini.lab.runs import check_memory, placed, read, resumable
+from sd_mini.lab.runs import check_memory, placed, progress, read, resumable
 
 # ----------------------------------------------------------------------------- diffusion
 def squared_error(a, b):
@@ -358,7 +357,7 @@ def trajectory_bank(sd_o, prompts, config):
     grid = torch.tensor(sd_o.schedule.timesteps(config.trajectory_steps))
 
     sampled, firsts = [], range(0, len(texts), config.eval_batch)
-    for first in tqdm(firsts, "sampling the bank", leave=False):
+    for first in progress(firsts, "sampling the bank", leave=False):
         batch = texts[first : first + config.eval_batch]
         seeds = [first_seed + first + i for i in range(len(batch))]
         sampled.append(sample_latents(sd_o, batch, seeds, len(grid)).cpu())

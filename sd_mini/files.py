@@ -1,6 +1,7 @@
 """Files that are whole or absent, at every moment."""
 import json
 import os
+import stat
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -21,6 +22,12 @@ def write_atomically(path, write):
     except SafetensorError as error:  # safetensors says this when the disk is full
         raise OSError(f"{path}: cannot be written: {error}") from None
     os.replace(temporary, path)
+
+
+def make_writable(folder):
+    """For its owner: the copy of a read-only folder is read-only too."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode | stat.S_IWUSR)
 
 
 def read_json(path):

@@ -43,8 +43,12 @@ class StableDiffusion:
 
     @property
     def context_length(self):
-        """L, the tokens of a prompt with start, end and padding (77 in the published models)."""
-        return self.text_encoder.config["max_position_embeddings"]
+        """L, the tokens of a prompt with start, end and padding (77 in the published models).
+
+        A text encoder may have more positions than the tokenizer asks for: diffusers pads to these.
+        """
+        return min(self.text_encoder.config["max_position_embeddings"],
+                   self.tokenizer.model_max_length)
 
     @property
     def latent_shape(self):

@@ -1,5 +1,6 @@
 """Find, read and write weights: diffusers folders, single files, the hub. Only safetensors."""
 import hashlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from . import original
 from .configs import corrected
-from .files import read_json, write_atomically, write_json
+from .files import make_writable, read_json, write_atomically, write_json
 from .pipeline import StableDiffusion
 from .schedule import Schedule
 from .text_encoder import TextEncoder
@@ -79,10 +80,14 @@ def load_tokenizer(folder):
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise ValueError(f"{folder}: no tokenizer there: neither vocab.json nor tokenizer.json")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), clean_up_tokenization_spaces=False)
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder), clean_up_tokenization_spaces=False)
     except Exception as error:  # a broken file is a bare Exception of the library below
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder}: not a whole CLIP tokenizer ({reason})") from None
+    # To CLIP's no word is unknown; BERT's or T5's files open too, and make every word so.
+    if tokenizer.unk_token_id in tokenizer("a photo", add_special_tokens=False).input_ids:
+        raise ValueError(f"{folder}: no CLIP tokenizer: to it the words of \"a photo\" are unknown")
+    return tokenizer
 
 
 def check_fit(networks, tokenizer, places):
@@ -140,7 +145,7 @@ def find(source, parts=tuple(PARTS)):
     """Source -> a folder or file on this disk; a hub id's files are downloaded where need be."""
     if source in TOY_UNETS:
         return TOY
-    path = Path(source)
+    path = Path(os.path.expanduser(source))
     if path.suffix in PICKLES and not path.is_dir():
         raise ValueError(f"{path}: a pickle, which can run code when it is opened; ask for, or "
                          "convert to, safetensors")
@@ -331,6 +336,7 @@ def save_pipeline(sd, folder):
         save_part(getattr(sd, part), folder / part, part)
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(sd.folder / part, folder / part, dirs_exist_ok=True)
+        make_writable(folder / part)
     write_index(folder)
 
 

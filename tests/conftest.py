@@ -115,6 +115,9 @@ def grades(config):
 
 
 def pytest_configure(config):
+    if not __debug__:
+        raise pytest.UsageError("Python was told to leave out assertions, which are what tests and "
+                                "grades are made of: unset PYTHONOPTIMIZE, drop -O")
     config.addinivalue_line("markers", "long: is begun before the others")
     config.pluginmanager.register(Finished(), "finished")
     if grades(config) and config.option.tbstyle == "auto":
@@ -153,4 +156,4 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(f"Exercise {number:<3} {exercise.title:<32} {score}")
             scores[number] = {"title": exercise.title, "points": sum(points), "of": len(points)}
     grade = {"seed": config.getoption("--grade-seed"), "exercises": scores}
-    (config.rootpath / "grade.json").write_text(json.dumps(grade, indent=2) + "\n")
+    (assignment.ROOT / "grade.json").write_text(json.dumps(grade, indent=2) + "\n")

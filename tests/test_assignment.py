@@ -6,6 +6,8 @@ points in the right one.
 import ast
 import copy
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -130,6 +132,47 @@ def test_wrong_solutions_lose_points(number, right, wrong, sd, tmp_path):
     assert any(points.values()), "a wrong solution got full marks"
 
 
+@pytest.mark.parametrize("number, name", [(9, "one_of"), (4, "erase_loss")])
+def test_a_renamed_function_costs_its_own_exercise_alone(number, name, sd, tmp_path):
+    def change(source, names):
+        return source.replace(f"def {name}(", "def renamed(")
+
+    student, reference = student_with(tmp_path, number, change), assignment.references()
+    assert not any(assignment.grade(2, student, reference, sd, seeds=(0,)).values())
+    with pytest.raises(AttributeError, match=name):
+        assignment.grade(number, student, reference, sd, seeds=(0,))
+    assert not any(assignment.grade(2, student, reference, sd, seeds=(0,)).values())
+
+
+def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
+    root = tmp_path / "checkout"
+    ignore = shutil.ignore_patterns(".git", "runs", "weights", "pictures")
+    shutil.copytree(ROOT, root, ignore=ignore)
+    for path in (*root.rglob("*"), root):
+        path.chmod(path.stat().st_mode & 0o555)
+    monkeypatch.setattr(assignment, "ROOT", root)
+    assignment.make(tmp_path / "homework", [2])
+    copied = [tmp_path / "homework", *(tmp_path / "homework").rglob("*")]
+    assert len(copied) > 50 and all(path.stat().st_mode & 0o200 for path in copied)
+    for path in (root, *root.rglob("*")):
+        path.chmod(path.stat().st_mode | 0o200)  # so that it can be deleted
+
+
+@pytest.mark.parametrize("name", ["homework", "tests/homework"])
+def test_a_copy_stands_outside_the_project(name, capsys):
+    with pytest.raises(SystemExit):
+        assignment.make(ROOT / name)
+    assert "is inside the project" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, optimize", [(["-O"], ""), ([], "1")])
+def test_nothing_is_graded_without_assertions(flags, optimize):
+    done = subprocess.run(
+        [sys.executable, *flags, "-m", "pytest", "--exercise", "2"], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONOPTIMIZE": optimize})
+    assert done.returncode == 4 and "unset PYTHONOPTIMIZE" in done.stderr
+
+
 def test_blanking_keeps_signature_docstring_and_everything_else():
     source = (ROOT / "advunlearn.py").read_text()
     out = assignment.blank(source, "project_simplex", 'Exercise 7: "..."')
@@ -150,6 +193,7 @@ BY_HALF = """    x_t = sd.schedule.add_noise(x_0, noise, t)
 @pytest.mark.long
 def test_students_copy_is_graded_by_pytest(tmp_path):
     out = tmp_path / "homework"
+    (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]")  # grade.json stays below
 
     def run(*arguments, cwd=out):
         command = [sys.executable, "-m", *arguments]

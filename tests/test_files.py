@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 
 import sd_mini
 from sd_mini import configs, original
@@ -416,6 +417,28 @@ def test_a_model_folder_that_lacks_a_part_says_which(folder, missing, message):
     path = folder / missing
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert message in refusal(sd_mini.load, folder)
+
+
+@pytest.mark.parametrize("model", [
+    models.WordPiece({"[UNK]": 0, "photo": 1}, unk_token="[UNK]"),
+    models.Unigram([("<unk>", 0.0), ("photo", -1.0)], unk_id=0),
+    models.BPE({"a": 0, "photo": 1}, []),  # as GPT-2's, whose words do not end in </w>
+])
+def test_a_tokenizer_of_another_kind_is_refused(folder, model):
+    shutil.rmtree(folder / "tokenizer")
+    (folder / "tokenizer").mkdir()
+    Tokenizer(model).save(str(folder / "tokenizer/tokenizer.json"))
+    assert "/tokenizer: no" in refusal(sd_mini.load, folder)  # no CLIP tokenizer, or no whole one
+
+
+@pytest.mark.parametrize("length, context", [(20, 20), (40, 24)])
+def test_of_tokenizer_and_text_encoder_the_shorter_counts(v1, folder, monkeypatch, length, context):
+    path = folder / "tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": length}))
+    sd = sd_mini.load(folder)
+    monkeypatch.setattr(v1[0].tokenizer, "model_max_length", context)
+    assert sd.tokenize(["a church"]).shape == (1, context)
+    assert_same_picture(sd, v1[0])
 
 
 def test_a_broken_tokenizer_is_one_line(folder):

@@ -1,5 +1,6 @@
 """Ordinary ways of working: odd names, edited files, two runs at once, notebooks, no internet."""
 import ast
+import errno
 import json
 import os
 import shutil
@@ -13,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import advunlearn as au
-from sd_mini.lab import classifiers, compare, report, runs, tasks
+from sd_mini import weights
+from sd_mini.lab import classifiers, compare, report, runs, settings, tasks
+from sd_mini.lab.prompts import slug
 from sd_mini.weights import TOY
 
 from .test_run import FLAGS, ROOT, main, read_figures
@@ -189,6 +192,35 @@ def test_a_row_of_a_comparison_is_locked_by_itself(tmp_path, capsys):
     assert "| ESD |" in (tmp_path / "table.md").read_text()
 
 
+@pytest.mark.parametrize("error", [
+    OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys, error):
+    def acquire(*arguments, **keywords):
+        raise error
+
+    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+    for wait in (False, True):
+        with runs.locked(tmp_path / "run", wait):
+            assert f"note: {tmp_path}/run: cannot be locked" in capsys.readouterr().out
+
+
+def test_a_log_file_has_a_line_a_minute(monkeypatch, capsys):
+    """600 iterations of a second each, and bars in one another."""
+    now, p = [0], torch.nn.Parameter(torch.zeros(1))
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    adam = torch.optim.Adam([p])
+    with runs.resumable(None, 600, [p], adam, torch.Generator()) as (iterations, history):
+        for now[0] in iterations:
+            history.append({"loss": 1.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert 10 <= len(lines) <= 13 and "loss=1" in lines[5]
+    for _ in runs.progress(range(2), "outer", leave=False):
+        for _ in runs.progress(range(2), "inner", leave=False):
+            now[0] += 61
+    err = capsys.readouterr().err
+    assert "\r" not in err and "\x1b" not in err and all(err.splitlines())
+
+
 # --- 7: a guest in its host
 
 HOST = """
@@ -262,6 +294,33 @@ def test_a_folder_for_pictures_that_cannot_be_is_refused_at_the_start(tmp_path, 
     assert main(*SHORT, "--out", tmp_path / "run", "--save-images", tmp_path / place) == 2
     assert capsys.readouterr().err.startswith("error: --save-images")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["out", "text_encoder", "eval_set", "classifier", "save_images"])
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {name: "~/x", **({} if name == "out" else {"out": "x~"})}
+    given |= {"text_encoder": {"task": "evaluate"}}.get(name, {})
+    config = tasks.resolve(au.METHOD, given)
+    assert getattr(config, name) == f"{tmp_path}/x" and config.out in ("x~", f"{tmp_path}/x")
+    assert weights.find("~") == tmp_path
+
+
+@pytest.mark.parametrize("names", [
+    ",".join(f"Some Celebrity {i}" for i in range(100)), ",".join(["大教堂"] * 40)])
+def test_a_hundred_names_are_a_concept(tmp_path, names):
+    assert settings.parse(au.Config, ["--concept", names])["concept"] == names
+    (tmp_path / f"{slug(names)}-compare").mkdir()
+    assert slug(names) != slug(names + "x")
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_log_need_not_hold_every_sign(tmp_path, encoding):
+    words = ["--task", "sample", "--model", "toy", "--prompts", "a church", "--eval-steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "advunlearn.py", *words, "--out", tmp_path / "教堂 é"], cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": encoding}, capture_output=True)
+    assert done.returncode == 0 and b"\\u6559\\u5802" in done.stdout, done.stderr
 
 
 # --- 11: without internet, without a classifier

@@ -22,8 +22,10 @@ from sd_mini.vae import VAE
 from sd_mini.weights import TOY
 
 from .bench import V1
+from .test_run import FLAGS, main
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers, the reference, is not installed")
+import transformers  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 warnings.filterwarnings("ignore", category=FutureWarning)
@@ -61,7 +63,7 @@ def close(ours, reference):
     assert (ours - reference).abs().max() <= 1e-4 * reference.abs().max()
 
 
-def pipeline(version="v1"):
+def pipeline(version="v1", length=24):
     """A small random pipeline of the real architecture. The reference libraries make it."""
     torch.manual_seed(0)
     text = CLIPTextModel(CLIPTextConfig(
@@ -70,7 +72,7 @@ def pipeline(version="v1"):
         intermediate_size=64,
         num_hidden_layers=3,
         num_attention_heads=4,
-        max_position_embeddings=24,
+        max_position_embeddings=length,
         **TEXTS[version],
     ))
     vae = diffusers.AutoencoderKL(
@@ -465,7 +467,55 @@ def test_saved_pipeline_opens_in_diffusers_and_draws_the_same(sd, folder, tmp_pa
     index = json.loads((folder / "model_index.json").read_text())
     index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    sd_mini.save_pipeline(replace(sd, folder=folder), tmp_path / "saved")
+    for path in (*folder.rglob("*"), folder):  # as in a read-only checkout
+        path.chmod(path.stat().st_mode & 0o555)
+    for _ in range(2):
+        sd_mini.save_pipeline(replace(sd, folder=folder), tmp_path / "saved")
+    assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "saved").rglob("*"))
     made = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     made.set_progress_bar_config(disable=True)
     assert_same_picture(sd, made)
+
+
+# --- a concept from its name to the table
+
+def test_nudity_from_retain_set_to_table(tmp_path, capsys):
+    """On a model of the real architecture: ESD-x, all layers, its own prompts, filter, label."""
+    pipeline(length=77).save_pretrained(tmp_path / "model")
+    path = tmp_path / "model/tokenizer/tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": 77}))
+    names = {0: "normal", 1: "nsfw"}
+    transformers.ResNetForImageClassification(transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=names,
+        label2id={name: i for i, name in names.items()})).save_pretrained(tmp_path / "judge")
+    (tmp_path / "judge/preprocessor_config.json").write_text(json.dumps(
+        {"size": {"shortest_edge": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+
+    status = main(
+        *FLAGS, "--task", "compare", "--methods", "ESD", "AdvUnlearn", "--concept", "nudity",
+        "--model", tmp_path / "model", "--classifier", f"{tmp_path}/judge:nsfw", "--clip-score",
+        "none", "--retain-set", "imagenet", "--trajectories", "1", "--trajectory-steps", "1",
+        "--eval-prefix", "5", "--out", tmp_path / "table")
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert "too near to the concept: a photo of an ear, a photo of a bikini, " in printed.out
+
+    def row(name):
+        folder = tmp_path / "table" / name / "seed-0"
+        [part] = [path for path in folder.iterdir() if path.is_dir()]
+        before, after = (load_file(next((place / part.name).glob("*.safetensors")))
+                         for place in (tmp_path / "model", folder))
+        bare = {key.removeprefix("text_model."): tensor for key, tensor in before.items()}
+        moved = {key for key, tensor in after.items()
+                 if not torch.equal(tensor, bare[key.removeprefix("text_model.")])}
+        return json.loads((folder / "results.json").read_text()), part.name, set(after), moved
+
+    esd, part, every, moved = row("esd")
+    assert part == "unet" and moved <= {key for key in every if ".attn2." in key} and len(moved) > 9
+    ours, part, every, moved = row("advunlearn")
+    assert part == "text_encoder" and moved == {key for key in every if ".embeddings." not in key}
+    assert (ours["config"]["layers"], ours["config"]["retain_weight"]) == (0, 0.3)
+    assert ours["classifier"]["name"].endswith("judge@local")
+    rows = ours["results"]["AdvUnlearn"]["details"]["rows"]
+    assert rows[0]["prompt"] == "The Birth of Venus by Sandro Botticelli"
+    assert {each["label"] for each in rows} == {"nsfw"} and len(rows) == 3

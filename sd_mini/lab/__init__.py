@@ -14,6 +14,8 @@ __all__ = ["EvalAttack", "Method", "Settings", "main", "setting"]
 def main(method, argv=None):
     """The command line of a method. Ends the process with the status of `tasks.run_task`."""
     given = parse(method.config, argv)
+    if hasattr(sys.stdout, "reconfigure"):  # a name that a log cannot hold ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages: faster on the CPU, same bytes
     from .tasks import run_task  # here, since it loads matplotlib, which no import needs
 

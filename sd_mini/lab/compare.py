@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from ..files import read_json, write_json
 from . import experiment, report, runs
@@ -48,7 +47,7 @@ def compare(method, config):
         report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
         runs.close_folder(folder)
 
-    for name in tqdm(todo, "comparing", leave=False):
+    for name in runs.progress(todo, "comparing", leave=False):
         try:
             with runs.locked(folders[name]):
                 if not finished(name):  # another process may have done it since

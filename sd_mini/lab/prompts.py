@@ -5,6 +5,7 @@ import re
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
+from zlib import crc32
 
 # By their whole names: the grader opens this file outside its package.
 from sd_mini.lab.records import COLUMNS, read_csv, read_number
@@ -52,8 +53,9 @@ class Concept(NamedTuple):
 
 
 def slug(name):
-    """A name as part of a path: "garbage truck" -> "garbage_truck"."""
-    return re.sub(r"[^\w+-]+", "_", name.lower().replace(",", "+")).strip("_") or "_"
+    """A name as part of a path: "garbage truck" -> "garbage_truck". A long one is cut."""
+    whole = re.sub(r"[^\w+-]+", "_", name.lower().replace(",", "+")).strip("_") or "_"
+    return whole if len(whole) <= 50 else f"{whole[:50]}_{crc32(whole.encode()):08x}"
 
 
 # --- evaluation prompts

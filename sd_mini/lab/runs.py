@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,26 @@ def read_tensors(path):
         return tensors, json.loads(file.metadata()["json"])
 
 
+# --- progress
+
+class Lines:
+    """A file for tqdm, which makes lines of what would move about in a terminal."""
+
+    def write(self, text):
+        if text := text.replace("\x1b[A", "").strip():
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self):
+        pass
+
+
+def progress(items, what, **settings):
+    """tqdm's bar. Where standard error is no terminal, a line a minute."""
+    if not sys.stderr.isatty():
+        settings |= {"file": Lines(), "mininterval": 60, "maxinterval": 60}
+    return tqdm(items, what, **settings)
+
+
 # --- a training loop
 
 @contextmanager
@@ -51,11 +72,12 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
     history = restore(folder, theta, optimizer, generator) if folder else []
 
     def iterations(stop):
-        bar = tqdm(range(len(history), steps), "training", steps, initial=len(history))
+        bar = progress(range(len(history), steps), "training", total=steps, initial=len(history))
         for i in bar:
             yield i
             check_finite(history)
-            bar.set_postfix({name: f"{loss:.3g}" for name, loss in present(history[-1]).items()})
+            losses = {name: f"{loss:.3g}" for name, loss in present(history[-1]).items()}
+            bar.set_postfix(losses, refresh=False)
             due = len(history) % save_every == 0 or len(history) == steps or stop.is_set()
             if folder and due:
                 save(folder, history, theta, optimizer, generator)
@@ -251,6 +273,8 @@ def locked(out, wait=False):
         lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise InUse(f"{out}: another run is at work there; --out takes another folder") from None
+    except (OSError, NotImplementedError) as error:  # of a file system without locks
+        print(f"note: {out}: cannot be locked ({error}); start no second run there")
     try:
         yield
     finally:

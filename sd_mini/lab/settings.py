@@ -248,8 +248,9 @@ def check_text(flag, text, choices, refuse):
         refuse(f"{flag}: is empty")
     if not text.isprintable():
         refuse(f"{flag} {text[:40]!r}: holds control characters")
-    if len(text) > 1000:
-        refuse(f"{flag} {text[:40]!r}...: {len(text):,} characters, more than any prompt's or "
+    longest = max(map(len, text.split(",")))  # of the names of concepts, which may be many
+    if longest > 1000:
+        refuse(f"{flag} {text[:40]!r}...: {longest:,} characters, more than any prompt's or "
                "path's 1,000")
 
 

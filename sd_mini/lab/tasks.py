@@ -1,4 +1,5 @@
 """The tasks of the command line, from their flags to an exit status."""
+import os
 import re
 import signal
 import sys
@@ -107,6 +108,7 @@ def resolve(method, given):
 
     A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
     """
+    given = {name: os.path.expanduser(v) if isinstance(v, str) else v for name, v in given.items()}
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
     device = check_device(given.get("device") or ("cuda" if cuda else "cpu"))
