@@ -1,7 +1,7 @@
 """What things cost. The tables of costs in sd_mini/lab/README.md come from here.
 
     python -m tests.bench              all rows, some twenty minutes on two cores
-    python -m tests.bench help toy     some rows
+    python -m tests.bench toy          some rows
 
 A row that compares gives a ratio; both sides are measured in one run. A UNet evaluation is one
 picture through the UNet once. A backward through frozen weights is 1.07 of them. The rows at Stable
@@ -390,18 +390,6 @@ def bench_toy():
         took, results = time.time() - begin, sd_mini.read_json(Path(folder) / "run/results.json")
     training = 60 * results["results"]["erased"]["minutes"]
     return f"{took:.0f} s, of which training {training:.0f} s", "180 s"
-
-
-def bench_help(repeats=5):
-    """python advunlearn.py --help"""
-    command = [sys.executable, "advunlearn.py", "--help"]
-
-    def once():
-        begin = time.time()
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        return time.time() - begin
-
-    return f"{spread([once() for _ in range(repeats)])} s", "0.5 s"
 
 
 ROWS = {name.removeprefix("bench_"): function

@@ -415,7 +415,7 @@ def write_layout(out):
 
 # --- the quality table
 
-def check(device, pictures=100):
+def check(device, pictures=40):
     """Print the quality table: what the toy models draw, and how often the classifier is right.
 
     All seeds are held out.
@@ -445,7 +445,7 @@ def check_model(model, classifier, rng, device, pictures):
     right, colors = asked_for(sd, classifier, rng, GUIDANCE, pictures)
     for (kind, name), flags in {**right, ("colour", "as asked"): colors}.items():
         print_row(kind, name, flags, f"   ({len(flags)} pictures)")
-    found = seen_in(sd, classifier, 2 * pictures * [""], guidance=1.0)
+    found = seen_in(sd, classifier, 200 * [""], guidance=1.0)
     for kind, name in [*right, ("object", "nothing"), ("style", "nothing")]:
         flags = [f == name for f in found[kind]]
         print_row("empty", f"{name} ({kind})", flags, f"   ({len(flags)} pictures)")
