@@ -81,11 +81,12 @@ def load_tokenizer(folder):
         raise ValueError(f"{folder}: no tokenizer there: neither vocab.json nor tokenizer.json")
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder), clean_up_tokenization_spaces=False)
+        ids = tokenizer("a photo", add_special_tokens=False).input_ids
     except Exception as error:  # a broken file is a bare Exception of the library below
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{folder}: not a whole CLIP tokenizer ({reason})") from None
     # To CLIP's no word is unknown; BERT's or T5's files open too, and make every word so.
-    if tokenizer.unk_token_id in tokenizer("a photo", add_special_tokens=False).input_ids:
+    if tokenizer.unk_token_id in ids:
         raise ValueError(f"{folder}: no CLIP tokenizer: to it the words of \"a photo\" are unknown")
     return tokenizer
 

@@ -77,7 +77,7 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
         ("pattern.search(folded(prompt))", ["pattern.search(prompt)"])],
     10: [("(l_erase + config.retain_weight * l_retain).backward()", ["l_erase.backward()"]),
          ("target = esd_target(z.eps_c, z.eps_empty, config.eta)", ["target = z.eps_c"]),
-         ("plain = (i < config.warmup", ["plain = (i >= config.warmup"]),
+         ("plain = i < config.warmup", ["plain = i >= config.warmup"]),
          ("            optimizer.zero_grad()\n", [""]),
          ("in parameters_to_train(sd, config)", ["in parameters_to_train(sd_o, config)"])],
 }

@@ -55,7 +55,8 @@ def changed(a, b):
 def test_whole_text_encoder_is_trained_and_nothing_else(sd):
     before = copy.deepcopy((sd.text_encoder, sd.unet, sd.vae))
     erased, _ = erase(sd, layers=0)
-    assert changed(sd.text_encoder, erased.text_encoder) == set(sd.text_encoder.state_dict())
+    assert changed(sd.text_encoder, erased.text_encoder) == {
+        name for name in sd.text_encoder.state_dict() if not name.startswith("embeddings.")}
     assert erased.unet is sd.unet and erased.vae is sd.vae
     for module, original in zip((sd.text_encoder, sd.unet, sd.vae), before):
         assert not changed(module, original)  # the frozen model's bytes

@@ -64,7 +64,7 @@ def test_no_step_of_the_inner_attack_reads_a_value(without_values, sd, generator
 
 
 def test_what_is_drawn_goes_to_the_device_without_a_read(without_values, sd, monkeypatch):
-    sampled = au.sample_latents(sd, ["a church"] * 4, range(4), 4).to("meta")
+    sampled = au.sample_latents(sd, ["a church"] * 4, range(4), 4)
     monkeypatch.setattr(au, "sample_latents", lambda *_: sampled)
     draw = au.trajectory_bank(without_values, ["a church"], replace(SMALL, trajectories=4))
     assert {column.device.type for z in draw(3, torch.Generator(), 2) for column in z} == {"meta"}
