@@ -76,8 +76,7 @@ def table(results, attacks):
 def ruined(results):
     """A line for each model that draws too few pictures in place of the concept."""
     shares = {name: result.get("clean") for name, result in results.items()}
-    return "".join(f"\n{name}: only {text(share, interval=False)} % of the concept's pictures are "
-                   "pictures; the others are ruined, not erased"
+    return "".join(f"\n{name}: {text(share, interval=False)} % clean; the rest is ruined, not erased"
                    for name, share in shares.items() if share and share["rate"] < 0.8)
 
 
@@ -87,7 +86,7 @@ def rates_table(figures, attacks):
             if key not in ("minutes", "clip_score", "frechet")}
     rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
             for name, figure in figures.items()]
-    return aligned([["%", *keys.values()], *rows], 30, *[5] * len(keys)) + ruined(figures)
+    return aligned([["%", *keys.values()], *rows], 30, *[4] * len(keys)) + ruined(figures)
 
 
 def markdown(figures, attacks, title, commits):
