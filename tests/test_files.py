@@ -419,14 +419,15 @@ def test_a_model_folder_that_lacks_a_part_says_which(folder, missing, message):
     assert message in refusal(sd_mini.load, folder)
 
 
-@pytest.mark.parametrize("model", [
-    models.WordPiece({"[UNK]": 0, "photo": 1}, unk_token="[UNK]"),
-    models.Unigram([("<unk>", 0.0), ("photo", -1.0)], unk_id=0),
-    models.BPE({"a": 0, "photo": 1}, []),  # as GPT-2's, whose words do not end in </w>
+@pytest.mark.parametrize("model, config", [
+    (models.WordPiece({"[UNK]": 0, "photo": 1}, unk_token="[UNK]"), {"unk_token": "[UNK]"}),
+    (models.Unigram([("<unk>", 0.0), ("photo", -1.0)], unk_id=0), {"unk_token": "<unk>"}),
+    (models.BPE({"a": 0, "photo": 1}, []), {}),  # as GPT-2's, whose words do not end in </w>
 ])
-def test_a_tokenizer_of_another_kind_is_refused(folder, model):
+def test_a_tokenizer_of_another_kind_is_refused(folder, model, config):
     shutil.rmtree(folder / "tokenizer")
     (folder / "tokenizer").mkdir()
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
     Tokenizer(model).save(str(folder / "tokenizer/tokenizer.json"))
     assert "/tokenizer: no" in refusal(sd_mini.load, folder)  # no CLIP tokenizer, or no whole one
 
