@@ -427,7 +427,7 @@ def check(device, pictures=40):
 
 
 def print_row(kind, name, right, note=""):
-    print(f"{kind:<12}{name:<16}{np.mean(right):7.1%}{note}", flush=True)
+    print(f"{kind:<13}{name:<16}{np.mean(right):7.1%}{note}", flush=True)
 
 
 def check_model(model, classifier, rng, device, pictures):
