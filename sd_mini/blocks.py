@@ -6,8 +6,7 @@ from torch import nn
 class ResnetBlock(nn.Module):
     """norm -> silu -> conv, twice, plus a shortcut from the input.
 
-    (B, c_in, h, w), (B, c_time) -> (B, c_out, h, w). The UNet adds the time embedding in between.
-    The VAE has none (no `c_time`).
+    (B, c_in, h, w), (B, c_time) -> (B, c_out, h, w). The VAE has no time embedding to add.
     """
 
     def __init__(self, c_in, c_out, groups, eps, c_time=None):

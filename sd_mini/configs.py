@@ -52,8 +52,7 @@ ONLY = {  # part -> key -> the values that are computed here; a list has one of 
         use_post_quant_conv=[True], mid_block_add_attention=[True]),
 }
 NO_EFFECT = {  # part -> keys that change nothing here, whatever they say
-    # Settings of other samplers: here DDIM draws all pictures. The rest belongs to clip_sample and
-    # thresholding, which are off.
+    # Of other samplers, where here DDIM draws; of clip_sample and thresholding, which are off.
     "scheduler": set(
         "skip_prk_steps solver_order solver_type solver_p algorithm_type lower_order_final "
         "euler_at_final final_sigmas_type lambda_min_clipped variance_type disable_corrector "
@@ -82,10 +81,9 @@ NO_EFFECT = {  # part -> keys that change nothing here, whatever they say
 
 
 def complete(part, config):
-    """A config with the reference's defaults for what is absent.
+    """A config with the reference's defaults for what is absent; ValueError for what cannot be.
 
-    ValueError, with key and value, for what is not computed here or cannot be. A key of no table
-    may change the mathematics, unless it is null: in the reference that is as good as absent.
+    A key of no table may change the mathematics, unless it is null, which is as good as absent.
     """
     full = {**HONOURED[part], **config}
     for key, values in ONLY[part].items():

@@ -1,8 +1,7 @@
 """Gradients through a network in float16, which loses digits below 6e-5 and holds none below 6e-8.
 
 The gradient of a mean over 16,384 coordinates lies there. So it is enlarged where it enters the
-network, at its output, and made small again where it leaves, at its input. With float16 weights
-that are not trained no other gradient is wanted.
+network, at its output, and made small again where it leaves, at its input.
 """
 import torch
 

@@ -1,12 +1,10 @@
 """Tensor names of the original single-file layout (CompVis, 2022), for reading and for writing.
 
-Community fine-tunes are published in it, and web interfaces open it. The modules carry diffusers
-names. One table of pairs (name here, original name) serves both directions.
+The modules carry diffusers names. One table of pairs (name here, original name) serves both ways.
 """
 import re
 
-# Drawing a picture does not need these tensors. Most belong to the training code: the moving
-# average, the tables of the schedule, the loss networks of the VAE.
+# Not needed to draw: most are of the training code, as the moving average and the VAE's losses.
 IGNORED = re.compile(
     r"model_ema\.|first_stage_model\.loss\.|(alphas|betas|sqrt_|log_|posterior_|logvar|lvlb_)|"
     r"cond_stage_model\.logit_scale$|.*\.position_ids$|.*\.text_projection\.weight$"

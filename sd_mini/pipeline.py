@@ -1,10 +1,7 @@
 """Prompt to picture: tokenise, encode, denoise under guidance, decode."""
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 
@@ -13,10 +10,6 @@ from .schedule import Schedule
 from .text_encoder import TextEncoder
 from .unet import UNet
 from .vae import VAE
-
-
-def call(network, *inputs):
-    return network(*inputs)
 
 
 @dataclass
@@ -30,7 +23,6 @@ class StableDiffusion:
     schedule: Schedule
     folder: Path | None = None  # the tokenizer and the configs came from here
     precision: torch.dtype = torch.float32  # of what is not trained
-    run: Callable = call  # how a network is run on tensors; tests count here
 
     @property
     def device(self):
@@ -43,10 +35,7 @@ class StableDiffusion:
 
     @property
     def context_length(self):
-        """L, the tokens of a prompt with start, end and padding (77 in the published models).
-
-        A text encoder may have more positions than the tokenizer asks for: diffusers pads to these.
-        """
+        """L, the tokens of a prompt with start, end and padding (77 in the published models)."""
         return min(self.text_encoder.config["max_position_embeddings"],
                    self.tokenizer.model_max_length)
 
@@ -66,12 +55,11 @@ class StableDiffusion:
 
     def encode_tokens(self, tokens):
         """Ids (N, L) or embeddings (N, L, D) -> context (N, L, D)."""
-        return self.run(self.text_encoder, tokens)
+        return self.text_encoder(tokens)
 
     def predict_noise(self, x_t, t, context):
         """eps_theta(x_t | c): (B, 4, h, w), (B,) or scalar, (B, L, D) -> (B, 4, h, w) float32.
 
-        It is float32 at every UNet precision: a step changes x_t only a little, and errors add up.
         A UNet in training has float32 weights. It computes in bfloat16 where the others do.
         """
         if not torch.is_tensor(t):
@@ -80,7 +68,7 @@ class StableDiffusion:
         enter, leave = half.scaled_gradients(self.dtype)
         mixed = self.dtype != self.precision == torch.bfloat16
         with torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext():
-            eps = self.run(self.unet, enter(x_t), t, enter(context))
+            eps = self.unet(enter(x_t), t, enter(context))
         out = leave(eps.float())
         return self.schedule.v_to_eps(out, x_t, t) if self.schedule.predicts_v else out
 
@@ -91,10 +79,7 @@ class StableDiffusion:
         return torch.stack(noise).to(self.device)
 
     def denoise(self, x_t, context, steps, guidance):
-        """Run guided DDIM from x_T, one step at a time.
-
-        Yields (t, x_t, eps_c, eps_empty) before each step, and (0, x_0, None, None) at the end.
-        """
+        """Guided DDIM -> (t, x_t, eps_c, eps_empty) before each step, then (0, x_0, None, None)."""
         guidance = torch.as_tensor(guidance, device=x_t.device, dtype=x_t.dtype).view(-1, 1, 1, 1)
         timesteps = self.schedule.timesteps(steps)
         stride = self.schedule.config["num_train_timesteps"] // steps
@@ -111,7 +96,6 @@ class StableDiffusion:
         """Prompts, or their context (N, L, D) -> pictures (N, 3, H, W) in [0, 1].
 
         `seed` and `guidance` are one value for all prompts, or a list with one per prompt.
-        A picture depends on its own prompt, seed and guidance alone.
         """
         context = self.encode_prompt(prompts) if context is None else context
         seeds = [seed] * len(context) if isinstance(seed, int) else list(seed)

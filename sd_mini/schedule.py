@@ -29,8 +29,7 @@ class Schedule:
     def alpha_bar_at(self, t, like):
         """alpha_bar at time steps `t` ((B,) or scalar), shaped to multiply `like`.
 
-        A t below 0 is the clean picture. Its alpha_bar is 1, or alpha_bar_0 in the published
-        schedules (`set_alpha_to_one` false).
+        A t below 0 is the clean picture: 1, or alpha_bar_0 where `set_alpha_to_one` is false.
         """
         if like.device not in self.tables:
             self.tables[like.device] = self.table.to(like.device)

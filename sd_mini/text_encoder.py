@@ -12,7 +12,6 @@ class TextEncoder(nn.Module):
     """Call it as `sd.encode_tokens(ids)` or `sd.encode_tokens(embeddings)`.
 
     Attribute names are the published tensor names without their common prefix `text_model.`.
-    Config keys are those of transformers' CLIPTextConfig.
     Source: Radford et al. 2021 (CLIP), section 2.4.
     """
 
@@ -29,11 +28,7 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width, config["layer_norm_eps"])
 
     def forward(self, tokens):
-        """(B, L) ids, or (B, L, D) token embeddings -> (B, L, D) after the final norm.
-
-        Positions are added here. The attacks pass embeddings, because theirs belong to no token.
-        L is at most the context length (77 in the published models).
-        """
+        """(B, L) ids, or (B, L, D) embeddings, as of attacks -> (B, L, D) after the final norm."""
         is_ids = not tokens.is_floating_point()
         h = self.embeddings.token_embedding(tokens) if is_ids else tokens
         h = h + self.embeddings.position_embedding.weight[: h.shape[1]]
@@ -43,10 +38,7 @@ class TextEncoder(nn.Module):
 
 
 def embedding(n, width):
-    """A table of zeros, to be read or drawn.
-
-    Normal numbers on the meta device would make torch import its compiler, which takes seconds.
-    """
+    """Of zeros: normal numbers on the meta device make torch import its compiler, for seconds."""
     return nn.Embedding.from_pretrained(torch.zeros(n, width), freeze=False)
 
 

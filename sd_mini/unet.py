@@ -22,10 +22,7 @@ def timestep_embedding(t, dim):
 
 
 class UNet(nn.Module):
-    """Call it as `sd.unet(x_t, t, context)`. Source: Rombach et al. 2022.
-
-    Config keys are those of diffusers' UNet2DConditionModel.
-    """
+    """Call it as `sd.unet(x_t, t, context)`. Source: Rombach et al. 2022."""
 
     def __init__(self, config):
         super().__init__()

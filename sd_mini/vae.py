@@ -9,10 +9,7 @@ EPS = 1e-6
 
 
 class VAE(nn.Module):
-    """Call `sd.vae.encode(image)` and `sd.vae.decode(z)`.
-
-    Config keys are those of diffusers' AutoencoderKL. Source: Rombach et al. 2022, section 3.1.
-    """
+    """Call `sd.vae.encode(image)` and `sd.vae.decode(z)`. Source: Rombach et al. 2022, 3.1."""
 
     def __init__(self, config):
         super().__init__()

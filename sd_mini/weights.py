@@ -33,14 +33,13 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def load(model="toy", device="cpu", dtype=torch.float32, tokenizer=None):
     """Open a Stable Diffusion 1.x or 2.x, frozen.
 
-    model       "toy", "toy-dusk" (the same, fine-tuned on another look), a folder in the diffusers
-                layout, a .safetensors file in the original layout, or a hub id, "ID" or
-                "ID@REVISION"
+    model       "toy", "toy-dusk" (another look), a folder in the diffusers layout, a .safetensors
+                file in the original layout, or a hub id, "ID" or "ID@REVISION"
     dtype       of UNet and VAE; the text encoder, small and mostly in training, is in float32
     tokenizer   a folder or hub id with tokenizer and configs for a single file (default: v1.4's)
 
-    ValueError, in one line that names the file and the tensor or key, for anything missing, extra,
-    wrongly shaped, not computed here, or not fitting the rest. Configs are checked first.
+    ValueError names the file and the tensor or key for anything missing, extra, wrongly shaped, not
+    computed here, or not fitting the rest.
     """
     path = find(model)
     folder = config_folder(path, tokenizer) if path.is_file() else path
@@ -68,9 +67,8 @@ def config_folder(path, tokenizer):
     except ValueError as error:
         if tokenizer:
             raise
-        raise ValueError(f"{path}: a single file holds no tokenizer and no configs; name a folder "
-                         f"or hub id that has them with --tokenizer (the default, {error})"
-                         ) from None
+        raise ValueError(f"{path}: a single file holds no tokenizer and no configs; --tokenizer "
+                         f"names what has them (the default, {error})") from None
 
 
 def load_tokenizer(folder):
@@ -92,7 +90,7 @@ def load_tokenizer(folder):
 
 
 def check_fit(networks, tokenizer, places):
-    """Parts of different models, put together, would fail in the middle of a run."""
+    """ValueError for parts of different models, which would fail in the middle of a run."""
     text, unet, vae = (networks[part].config for part in ("text_encoder", "unet", "vae"))
     tokens = 1 + max(tokenizer.get_vocab().values())
     if tokens > text["vocab_size"]:
@@ -110,10 +108,7 @@ def check_fit(networks, tokenizer, places):
 
 
 def load_text_encoder(source, device="cpu"):
-    """Anyone's text encoder: a folder (also one that holds `text_encoder/`), or a hub id.
-
-    A revision follows an @, a sub-folder a colon: "OPTML-Group/AdvUnlearn:church_unlearned".
-    """
+    """A folder, also one that holds `text_encoder/`, or a hub id, ID@REVISION:SUBFOLDER."""
     folder = find_folder(source, parts=("text_encoder",))
     inner = folder / "text_encoder"
     return load_part(inner if inner.is_dir() else folder, "text_encoder", device)
@@ -167,7 +162,7 @@ def find_folder(source, parts):
 
 
 def download(hub_id, revision, subfolder, parts):
-    """The files needed, and only them, into the hub's cache; what is there is not fetched again."""
+    """The files needed, and only them, into the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -224,17 +219,14 @@ def check_pipeline(folder):
 # --- reading
 
 def read_tensors(files, device, dtype, rename):
-    """safetensors files -> {name: tensor}; those that `rename` gives no name are left out.
-
-    The file is opened anew for each tensor: neither a second copy nor its pages pile up.
-    """
+    """safetensors files -> {name: tensor}; those that `rename` gives no name are left out."""
     device = str(torch.empty(0, device=device).device)  # a bare "cuda" would be the first GPU
     tensors = {}
     for path in files:
         for name in tensor_names(path):
             new = rename(name) if rename else name
             if new is not None:
-                with safe_open(path, "pt", device=device) as file:
+                with safe_open(path, "pt", device=device) as file:  # anew: its pages pile up
                     tensors[new] = file.get_tensor(name).to(dtype, copy=True)
     return tensors
 
@@ -288,12 +280,9 @@ def fill(network, files, device, dtype=torch.float32, rename=None):
 def original_names(path, networks):
     """{part: a function, original name -> name here or None} for a file in the original layout."""
     there = tensor_names(path)
-    for start, what in (("conditioner.", "an SDXL checkpoint"),
-                        ("cond_stage_model.model.", "a Stable Diffusion 2.x single file; take the "
-                         "diffusers folder of it")):
-        if any(name.startswith(start) for name in there):
-            raise ValueError(f"{path}: {what}; single files are opened for Stable Diffusion 1.x "
-                             "only")
+    if any(name.startswith(("conditioner.", "cond_stage_model.model.")) for name in there):
+        raise ValueError(f"{path}: of Stable Diffusion 2.x or SDXL; single files are opened for 1.x "
+                         "only; of 2.x take the diffusers folder")
     names = {part: original.names(part, network) for part, network in networks.items()}
     known = set().union(*names.values())
     if extra := [name for name in there
@@ -342,14 +331,11 @@ def save_pipeline(sd, folder):
 
 
 def save_single_file(sd, path, dtype=torch.float32):
-    """Write one .safetensors in the original layout, as web interfaces open it.
-
-    The file holds no configs: who opens it takes those of Stable Diffusion 1.x.
-    """
+    """Write one .safetensors in the original layout, as web interfaces open it: 1.x only."""
     if (sd.schedule.predicts_v or sd.unet.config["use_linear_projection"]
             or sd.text_encoder.config["hidden_act"] != "quick_gelu"):
-        raise ValueError(f"{sd.folder}: made like Stable Diffusion 2.x; one file in the "
-                         "original layout is written for 1.x only; save_pipeline writes a folder")
+        raise ValueError(f"{sd.folder}: made like Stable Diffusion 2.x; one file in the original "
+                         "layout is written for 1.x only; save_pipeline writes a folder")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, original.tensors({part: getattr(sd, part) for part in PARTS}), dtype)

@@ -18,16 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 import advunlearn as au
 import sd_mini
-from sd_mini.unet import UNet
+from sd_mini.lab.runs import progress
 from sd_mini.weights import PARTS
 
 ROOT = Path(au.__file__).parent
@@ -73,22 +72,24 @@ V1 = {  # the configs of CompVis/stable-diffusion-v1-4
 BACKWARD = 1.07
 
 
-class Work:
-    """UNet evaluations of a model in forward equivalents.
+@dataclass
+class Counted(sd_mini.StableDiffusion):
+    """A model that notes its UNet evaluations, in forward equivalents.
 
     A picture counts 1, and BACKWARD more where a backward follows. (That of weights in training,
     which is about twice as much, counts no more.)
     """
 
-    def __init__(self, sd):
-        self.evaluations, self.run = 0, sd.run
-        sd.run = self
+    work: list = field(default_factory=list)
 
-    def __call__(self, network, *inputs):
-        out = self.run(network, *inputs)
-        if isinstance(network, UNet):
-            self.evaluations += len(out) * (1 + BACKWARD * out.requires_grad)
-        return out
+    def predict_noise(self, x_t, t, context):
+        eps = super().predict_noise(x_t, t, context)
+        self.work.append(len(eps) * (1 + BACKWARD * eps.requires_grad))
+        return eps
+
+
+def counted(sd):
+    return Counted(**vars(sd))
 
 
 def schedule(config, prompts=(1, 243)):
@@ -139,7 +140,7 @@ def iterations(sd, config):
     The seconds are without the bank's sampling, since a run pays for it once. The evaluations are
     those of everything.
     """
-    work, times = Work(sd), []
+    sd, times = counted(sd), []
     source = au.trajectory_bank
 
     def timed(*arguments, **keywords):
@@ -153,7 +154,7 @@ def iterations(sd, config):
         au.advunlearn(sd, ERASE, RETAIN, config)
     finally:
         au.trajectory_bank = source
-    return time.time() - (times[-1] if times else begin), work.evaluations
+    return time.time() - (times[-1] if times else begin), sum(sd.work)
 
 
 def v1(dtype):
@@ -194,7 +195,7 @@ def bench_evaluation():
 def bank_against_fresh(ours, published, config, repeats):
     """Time an iteration, of `ours` with the bank and of `published` afresh -> the row's text."""
     anew, bank, fresh = replace(config, fresh_trajectories=True), [], []
-    for _ in tqdm(range(repeats), "iteration"):
+    for _ in progress(range(repeats), "iteration"):
         bank.append(iterations(ours, config)[0])
         fresh.append(iterations(published, anew)[0])
     ratio = statistics.median(fresh) / statistics.median(bank)
@@ -224,7 +225,7 @@ def against_limit(sd, config, repeats, width):
             au.trajectory_bank(sd, prompts, small)
     a = torch.randn(width, width, device=sd.device, dtype=sd.dtype)
     took, products = [], []
-    for _ in tqdm(range(repeats), "iteration"):
+    for _ in progress(range(repeats), "iteration"):
         took.append(iterations(sd, config)[0])
         synchronize()
         begin = time.time()
@@ -293,7 +294,7 @@ def bench_v1_fp16(repeats=5):
 def side_by_side(one, other, repeats):
     """Time an iteration of two models in turns -> the row's text."""
     times = [], []
-    for _ in tqdm(range(repeats + 1), "iteration"):
+    for _ in progress(range(repeats + 1), "iteration"):
         for model, took in zip((one, other), times):
             exact = model.dtype == torch.float32
             torch.set_float32_matmul_precision("highest" if exact else "high")
@@ -365,7 +366,7 @@ def bench_sampling(repeats=5, prompts=8, steps=20):
     pipeline.set_progress_bar_config(disable=True)
     texts, seeds = ["a photo of a church"] * prompts, list(range(prompts))
     ours, theirs = [], []
-    for _ in tqdm(range(repeats + 1), "sampling"):
+    for _ in progress(range(repeats + 1), "sampling"):
         begin = time.time()
         sd.sample(texts, seed=seeds, steps=steps)
         middle = time.time()

@@ -299,8 +299,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("prompts: a prompt that does not fit is kept", P, "if length > room:", "if length > room + 1:",
      "prompts::test_room_for_the_prefix_is_counted_to_the_token"),
     ("prompts: guidance is taken from the seed", P,
-     'guidance = read_number(record.where, column, record.text("guidance"), float)',
-     'guidance = read_number(record.where, column, record.text("seed"), float)',
+     'record.text("guidance") or "7.5"', 'record.text("seed") or "7.5"',
      "prompts::test_columns_go_by_all_their_names"),
     # --- diffusion
     ("schedule: beta is linear, not the square of a line", S,

@@ -2,7 +2,6 @@
 
 They test the machinery, not the order of the figures.
 """
-import copy
 import json
 import os
 import subprocess
@@ -160,14 +159,13 @@ def test_broken_rows_are_attacked_no_more(sd, kind):
     rows = [Row("a church", seed, 1.0, "church") for seed in range(3)]
     prompts = only_rows(rows, Seeing(), {"rows": torch.rand(3, 3, 64, 64)})
     config = replace(SMALL, eval_looks=2, eval_steps=1, eval_attack_steps=4)
-    spied = replace(sd, unet=copy.deepcopy(sd.unet))
-    work = bench.Work(spied)
-    records, pictures = evaluation.attack_prompts(spied, prompts, [0, 1, 2],
+    counted = bench.counted(sd)
+    records, pictures = evaluation.attack_prompts(counted, prompts, [0, 1, 2],
                                                   au.METHOD.attacks[kind].search, config)
     assert [r["broken"] for r in records] == [True, True, False]
     assert [r["step"] for r in records] == [2, 2, 4] and len(pictures) == 3
     steps, looks = (1 + bench.BACKWARD) * (2 * 3 + 2 * 1), 2 * (3 + 1)  # guided
-    assert work.evaluations == pytest.approx(steps + looks)
+    assert sum(counted.work) == pytest.approx(steps + looks)
 
 
 # --- scores
@@ -189,6 +187,7 @@ def test_a_classifier_that_knows_the_concept_alone_leaves_utility_open(tmp_path)
     assert figures["pre_attack_asr"]["rate"] == 1
     pooled = compare.pooled([{**figures, "token_asr": figures["pre_attack_asr"]}])
     compare.plot_tradeoff(tmp_path / "t.png", {"ESD": pooled}, "token", "church")
+    assert not (tmp_path / "t.png").exists()
     assert "ESD" in report.rates_table({"ESD": figures}, {})
     assert "utility" not in report.table({"original": figures}, {})
 
@@ -199,8 +198,6 @@ def test_frechet_distance_is_the_closed_form():
     b = a * torch.tensor([1.0, 2.0, 3.0]) + torch.tensor([1.0, 0.0, 0.0])
     assert classifiers.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
     assert classifiers.frechet_distance(a, b) == pytest.approx(1 + 0 + 1 + 4, rel=0.05)
-    with pytest.raises(ValueError, match="20000 pictures against 10000"):
-        classifiers.frechet_distance(a, b[:10000])  # it falls with the number alone
 
 
 @pytest.fixture(scope="session")
@@ -253,7 +250,7 @@ def test_classifiers_of_the_hub(saved, sd):
     assert classifier.rule == "likeliest of 2 texts: a boat, church"
     scores = classifiers.CLIPScore(str(saved / "clip"))(["a church", "a boat"], pictures)
     assert len(scores) == 2 and all(-1 <= score <= 1 for score in scores)
-    both = classifier.clip(["church", "a boat"], pictures[[0, 0]])
+    both = classifier(["church", "a boat"], pictures[[0, 0]])
     assert classifier.names(pictures)[0] == {["church", "a boat"][both.index(max(both))]}
     with pytest.raises(ValueError, match="has no label 'tench'; it knows boat, church"):
         load("classifier", "tench", set())

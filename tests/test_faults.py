@@ -130,7 +130,7 @@ def test_attacks_are_kept(tmp_path):
         calls.append(1)
         return [{"broken": True}], torch.ones(2, 3)
 
-    first, again = (cached(tmp_path, {"token-0": compute})["token-0"] for _ in range(2))
+    first, again = (cached(tmp_path / "kept/token-0.safetensors", compute) for _ in range(2))
     assert len(calls) == 1
     assert first[0] == again[0] == [{"broken": True}] and torch.equal(first[1], again[1])
 
@@ -224,29 +224,19 @@ def bad(tmp_path_factory):
 
 
 BAD = [  # arguments -> what the line says
-    ("--stesp 3", "unknown flag '--stesp'; did you mean --steps?"),
-    ("--quiet", "unknown flag '--quiet'"),
-    ("extra", "unknown flag 'extra'"),
-    ("--task trian", "did you mean train?"),
-    ("--train unte", "did you mean unet?"),
-    ("--attack tokens", "did you mean token?"),
-    ("--eval-attacks token words",
-     "--eval-attacks 'words': choose from token, random, longer, embedding, inversion"),
+    ("--stesp 3", "unrecognized arguments: --stesp 3"),
+    ("extra", "unrecognized arguments: extra"),
+    ("--task trian", "argument --task: invalid choice: 'trian'"),
+    ("--eval-attacks token words", "--eval-attacks: invalid choice: 'words'"),
     ("--steps", "argument --steps: expected one argument"),
     ("--steps ten", "argument --steps: invalid int value: 'ten'"),
-    ("--steps 0", "--steps 0: must be a number, at least 1"),
+    ("--steps 0", "--steps: 0: must be a number, at least 1"),
     ("--steps 5 --warmup 5", "--steps 5: must exceed --warmup, 5"),
-    ("--warmup -1", "--warmup -1: must be"),
-    ("--lr 0", "--lr 0.0: must be between"),
-    ("--lr nan", "--lr nan: must be between"),
+    ("--warmup -1", "--warmup: -1: must be"),
+    ("--lr 0", "--lr: 0: must be between"),
+    ("--lr nan", "--lr: nan: must be between"),
     ("--lr fast", "argument --lr: invalid float value: 'fast'"),
-    ("--erase-batch 0", "--erase-batch 0"),
-    ("--retain-batch -3", "--retain-batch -3"),
-    ("--retain-weight nan", "--retain-weight nan"),
-    ("--attack-radius 0", "--attack-radius 0.0"),
-    ("--debug", "unknown flag '--debug'"),
-    ("--revision main", "unknown flag '--revision'"),
-    ("--eval-steps 501", "--eval-steps 501: must be between 1 and 500"),
+    ("--eval-steps 501", "--eval-steps: 501: must be between 1 and 500"),
     ("--task evaluate", "--task evaluate: give --text-encoder"),
     ("--text-encoder {wide} --out {new}", "--text-encoder: is for --task evaluate"),
     ("--task evaluate --text-encoder {missing}/text_encoder --out {missing} --overwrite",
@@ -258,44 +248,34 @@ BAD = [  # arguments -> what the line says
     ("--resume --overwrite", "--resume --overwrite: the one goes on"),
     ("--concept church,tench --eval-set {two.csv} --out {new}", "two.csv, line 2: no label"),
     ("--eval-set {long.csv} --out {new}", "every prompt takes more than 19 tokens (24 that"),
-    ("--seed -1", "--seed -1: must be between 0 and 2147483647"),
-    ("--plain-share 0.5", "unknown flag '--plain-share'"),
-    ("--eval-looks 9 --eval-attack-steps 4", "--eval-looks 9: must be at most --eval-attack-steps"),
-    ("--eval-utility 1", "--eval-utility 1: must be a number, at least 2"),
+    ("--seed -1", "--seed: -1: must be between 0 and 2147483647"),
+    ("--eval-utility 1", "--eval-utility: 1: must be a number, at least 2"),
     ("--layers 5 --out {new}", "--layers 5: this text encoder has 4"),
     ("--prefix 30 --out {new}", "with 30 more it exceeds the 24 that the model reads"),
-    ("--concept=", "--concept: is empty"),
-    ("--concept=|", "--concept: is empty"),  # the test makes | a blank
+    ("--concept=", "--concept '': names nothing"),
     ("--concept unicorn --out {new}", "the classifier toy has no label 'unicorn'; it knows"),
     ("--concept ../x --out {new}", "has no label '../x'"),
-    ("--concept LONG --out {new}", "1,001 characters"),
-    ("--concept BELL --out {new}", "holds control characters"),
-    ("--task sample --prompts LONGER --out {new}", "100,000 characters"),
-    ("--task sample --prompts BELL --out {new}", "holds control characters"),
-    ("--task sample --prompts ARABIC --out {new}", "exceeds the 24 that the model reads"),
-    ("--task sample --prompts EMOJI --out {new}", "exceeds the 24 that the model reads"),
+    ("--task sample --prompts ARABIC --out {new}", "every prompt takes more than 24 tokens"),
     ("--task sample --out {new}", "give --prompts"),
     ("--prompts church --out {new}", "--prompts: is for --task sample"),
     ("--methods ESD --out {new}", "--methods: is for --task compare"),
-    ("--task compare --save-pipeline --out {new}",
-     "--save-pipeline, --save-single-file: are for"),
-    ("--token-lr inf", "--token-lr inf: must be between 1e-10 and 10"),
-    ("--attack-radius inf", "--attack-radius inf: must be a number, at least 1e-10"),
+    ("--task compare --save-pipeline --out {new}", "--save-pipeline: is for --task train and"),
+    ("--attack-radius inf", "--attack-radius: inf: must be a number"),
     ("--out {sdxl}", "sdxl: holds files and no run"),
     ("--task compare --methods ESB --out {new}", "--methods ESB: there are 0 original"),
-    ("--eval-set {nowhere.csv} --out {new}", "nowhere.csv: no such file"),
-    ("--eval-set {empty.csv} --out {new}", "empty.csv: holds no rows"),
+    ("--eval-set {nowhere.csv} --out {new}", "nowhere.csv: cannot be read: No such file"),
+    ("--eval-set {empty.csv} --out {new}", "empty.csv, line 1: no column 'prompt'"),
     ("--eval-set {header.csv} --out {new}", "header.csv: holds no rows"),
     ("--eval-set {column.csv} --out {new}", "column.csv, line 1: no column 'prompt'"),
-    ("--eval-set {latin.csv} --out {new}", "latin.csv, line 2: not a CSV file in UTF-8"),
-    ("--eval-set {quotes.csv} --out {new}", "quotes.csv, line 2: not a row of CSV"),
-    ("--eval-set {seed.csv} --out {new}", "seed.csv, line 2: evaluation_seed 'seven'"),
+    ("--eval-set {latin.csv} --out {new}", "latin.csv: what follows is no CSV in UTF-8"),
+    ("--eval-set {quotes.csv} --out {new}", "quotes.csv: what follows is no CSV in UTF-8"),
+    ("--eval-set {seed.csv} --out {new}", "seed.csv, line 2: seed 'seven'"),
     ("--eval-set {minus.csv} --out {new}", "minus.csv, line 2"),
     ("--eval-set {guidance.csv} --out {new}", "guidance.csv, line 2"),
-    ("--eval-set {empty} --out {new}", "empty: not a CSV file"),
+    ("--eval-set {empty} --out {new}", "empty: cannot be read: Is a directory"),
     ("--retain-set {all.csv} --out {new}", "all.csv: every prompt names the concept"),
-    ("--retain-set {short.csv} --out {new}", "short.csv, line 3: 1 field, but the header has 2"),
-    ("--retain-set cocoa --out {new}", "cocoa: no such file"),
+    ("--retain-set {short.csv} --out {new}", "short.csv, line 3: fields: 1, in the header: 2"),
+    ("--retain-set cocoa --out {new}", "cocoa: cannot be read: No such file"),
     ("--model {nowhere} --out {new}", "nowhere: no such folder or file"),
     ("--model {empty} --out {new}", "empty/model_index.json: no such file"),
     ("--model {lacking} --out {new}", "lacking/text_encoder/config.json: no such file"),
@@ -313,18 +293,18 @@ BAD = [  # arguments -> what the line says
      "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"),
     ("--model {pickle.ckpt} --out {new}", "a pickle, which can run code"),
     ("--model some/misspelt-model --out {new}", "some/misspelt-model: no such folder here"),
-    ("--task evaluate --text-encoder {wide} --out {new}", "its width is 32"),
+    ("--task evaluate --text-encoder {wide} --out {new}", "its hidden_size is 32"),
     ("--task evaluate --text-encoder {plain} --out {new}",
      'plain/config.json: model_type "gpt2": must be "clip_text_model"'),
     ("--task evaluate --text-encoder {empty} --out {new}", "empty/config.json: no such file"),
     ("--model some/model@main --out {new}", "some/model: no such folder here"),
     ("--task sample --prompts church --out {file}", "file is not a folder that can be written to"),
-    ("--precision fp8", "--precision 'fp8': choose from fp32, bf16, fp16"),
+    ("--precision fp8", "--precision: invalid choice: 'fp8'"),
     ("--out {file}", "file is not a folder that can be written to"),
     ("--out /dev/null/x", "/dev/null is not a folder that can be written to"),
     *([] if torch.cuda.is_available() else [
-        ("--device cuda --out {new}", "there is no CUDA device")]),
-    ("--device gpu --out {new}", "--device gpu: choose from cpu, cuda"),
+        ("--device cuda --out {new}", "--device cuda: choose from cpu")]),
+    ("--device gpu --out {new}", "--device gpu: choose from cpu"),
     ("--classifier {nowhere}:church --out {new}", "nowhere"),
 ]
 
@@ -332,11 +312,7 @@ BAD = [  # arguments -> what the line says
 @pytest.mark.parametrize("arguments, message", BAD)
 def test_bad_input_gets_one_line_and_leaves_nothing(bad, tmp_path, arguments, message):
     words = {
-        "LONG": "x" * 1001,
-        "LONGER": "x" * 100_000,
-        "BELL": "a\achurch",
         "ARABIC": "صورة كنيسة في الصحراء",
-        "EMOJI": "⛪" * 9,
     }
     out = tmp_path / "new"
 
@@ -358,7 +334,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     record = {"config": config, "inputs": {"model": "a"}}
     assert not is_finished(out, record)
     open_folder(out, record)
-    with pytest.raises(ValueError, match="holds a begun run: --resume goes on with it"):
+    with pytest.raises(ValueError, match="holds a run: --resume goes on with it"):
         is_finished(out, record)
     for other, message in (
         ({"config": {**config, "lr": 0.5}}, "lr 1e-05 -> 0.5: --resume cannot go on"),
@@ -369,7 +345,7 @@ def test_a_folder_with_a_run_is_not_overwritten(tmp_path):
     sd_mini.write_json(out / "results.json", record)
     assert not is_finished(out, record, resume=True)  # its pictures may be missing
     close_folder(out)
-    with pytest.raises(ValueError, match="holds a finished run"):
+    with pytest.raises(ValueError, match="holds a run"):
         is_finished(out, record)
     assert is_finished(out, record, resume=True)
     assert not is_finished(out, record, overwrite=True)
@@ -386,21 +362,24 @@ def test_a_picture_is_not_overwritten(tmp_path):
     assert cli(*arguments, "--overwrite")[0] == 0
 
 
-def test_half_precision_on_a_gpu_without_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    status, line, _ = cli("--precision", "bf16", "--model", "toy")
-    assert status == 2 and "--precision bf16: this GPU does not have it" in line
-
-
 def test_out_of_gpu_memory_says_what_lowers_it(monkeypatch, tmp_path):
     def load_model(config):
         raise torch.cuda.OutOfMemoryError
 
     monkeypatch.setattr(experiment, "load_model", load_model)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 2**34)
     status, line, _ = cli("--out", str(tmp_path / "new"))
-    assert status == 1 and "16.0 GiB in use" in line and "--low-memory" in line
+    assert status == 1 and "out of GPU memory" in line and "--low-memory" in line
+
+
+def test_compiling_without_a_compiler_is_one_line(monkeypatch, tmp_path):
+    def load_model(config):
+        raise RuntimeError("backend='inductor' raised:\nNo working C++ compiler found")
+
+    monkeypatch.setattr(experiment, "load_model", load_model)
+    status, line, _ = cli("--compile", "--out", str(tmp_path / "new"))
+    assert status == 1 and line.endswith("No working C++ compiler found")
+    with pytest.raises(RuntimeError):
+        cli("--out", str(tmp_path / "new"))
 
 
 def test_concept_names_stay_inside_the_output_folder():

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import advunlearn as au
-from sd_mini.lab import classifiers, evaluation, report, settings
+from sd_mini.lab import classifiers, evaluation, settings
 from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import Row, read_concepts
 from sd_mini.lab.settings import EvalAttack
@@ -65,7 +65,7 @@ def made():
 CONFIG = replace(SMALL, eval_attacks=("one",), eval_batch=2, eval_steps=7)
 
 
-def test_rates_count_what_they_say(made, monkeypatch):
+def test_rates_count_what_they_say(made, monkeypatch, tmp_path):
     """ASR is what shows without attack, plus what the attack newly breaks, over all prompts."""
     numbers, prompts, asked = made
     given, distances = [], []
@@ -82,7 +82,7 @@ def test_rates_count_what_they_say(made, monkeypatch):
     drawn = evaluation.draw_all(numbers, prompts, CONFIG)
     assert drawn["utility"].flatten().tolist() == [2, 2, 3, 0]
     figures, pictures = evaluation.evaluate(
-        numbers, {"one": EvalAttack(attack)}, prompts, drawn, CONFIG)
+        numbers, {"one": EvalAttack(attack)}, prompts, drawn, CONFIG, tmp_path)
     rates = {name: (figure["rate"], figure["n"]) for name, figure in figures.items()
              if isinstance(figure, dict) and "rate" in figure}
     assert rates == {"pre_attack_asr": (1 / 4, 4), "one_asr": (2 / 4, 4),
@@ -141,7 +141,6 @@ def test_ruined_pictures_are_neither_clean_nor_kept(sd, made):
         [int(x) < 2 for x in now], [bool(x == y - 100) for x, y in zip(now, before)])
     figures, _ = evaluation.score(prompts, evaluation.draw_all(numbers, prompts, CONFIG))
     assert [figures[name]["rate"] for name in ("clean", "kept")] == [0.75, 0.5]
-    assert "erased: 75 % clean" in report.table({"original": figures, "erased": figures}, {})
 
 
 def test_the_inversion_learns_its_embedding_from_each_prompts_picture(sd, monkeypatch):

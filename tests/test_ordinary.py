@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import advunlearn as au
-from sd_mini import weights
+from sd_mini import lab, weights
 from sd_mini.lab import classifiers, compare, report, runs, settings, tasks
 from sd_mini.lab.prompts import slug
 from sd_mini.weights import TOY
@@ -56,16 +56,15 @@ def test_names_of_methods_and_losses_may_be_odd_too(tmp_path):
     assert "| \\$\\_\\$ \\| mine |" in table and "| a\\*b\\* |" in table
 
 
-@pytest.mark.parametrize("concept", ['the "Mona Lisa"', "back\\slash", "it's {here}", "a `tick`"])
-def test_the_cards_snippet_is_python_whatever_the_concept(tmp_path, concept):
-    config = au.Config(concept=concept, model="toy")
-    report.write_card(tmp_path / "README.md", config, "", "unet", TOY)
-    card = (tmp_path / "README.md").read_text()
+def test_the_cards_snippet_is_python_whatever_the_names(tmp_path):
+    folder = tmp_path / 'the "Mona Lisa" {back}\\slash'
+    folder.mkdir()
+    config = au.Config(concept="it's {here}", model="toy")
+    report.write_card(folder / "README.md", config, "", "unet", TOY)
+    card = (folder / "README.md").read_text()
     snippet = card.split("```python\n")[1].split("```")[0]
-    lines = [line for line in snippet.splitlines() if line.startswith("pipeline(")]
-    compile(snippet, "card", "exec")
-    values = [node.value for node in ast.walk(ast.parse(lines[0])) if hasattr(node, "value")]
-    assert f"a photo of a {concept}" in values
+    values = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
+    assert values == [f"{folder}/unet", str(TOY)] and "it's \\{here\\}" in card
 
 
 def test_pictures_that_fail_are_warnings_and_the_figures_are_there_before(
@@ -323,6 +322,15 @@ def test_a_log_need_not_hold_every_sign(tmp_path, encoding):
     assert done.returncode == 0 and b"\\u6559\\u5802" in done.stdout, done.stderr
 
 
+def test_a_closed_pipe_ends_no_run():
+    """As by `| head`: what is said from then on is lost, and that is all."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "w") as stream:
+        for _ in range(3):
+            print("a line", file=lab.Output(stream))
+
+
 # --- 11: without internet, without a classifier
 
 def test_erasing_alone_needs_weights_and_nothing_else(tmp_path, monkeypatch):
@@ -384,13 +392,13 @@ def test_a_bank_that_cannot_be_held_is_refused_before_it_is_sampled(
     """200 and 32 runs of 500 steps, of 3 latents of 4 KiB each: 1.4 GB."""
     prompts = [f"a photo of thing {i}" for i in range(200)]
     large = write_prompts(tmp_path / "large.csv", *prompts)
-    monkeypatch.setattr(runs, "machine_memory", lambda: 2e9)
+    monkeypatch.setattr(runs.os, "sysconf", lambda name: 2e9**0.5)
     assert main(*SHORT, "--retain-set", large, "--trajectory-steps", "500",
                 "--out", tmp_path / "run") == 2
     message = capsys.readouterr().err
     assert message.startswith("error: the bank would take 1.2 GB, more than half of this machine's")
     assert "--trajectory-steps" in message and message.count("\n") == 1
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(runs, "machine_memory", lambda: 4e9)
+    monkeypatch.setattr(runs.os, "sysconf", lambda name: 4e9**0.5)
     au.check_prompts(sd, ["church"], prompts, au.Config(trajectory_steps=500))
     assert "the bank takes 1.4 GB" in capsys.readouterr().out

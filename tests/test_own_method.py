@@ -72,7 +72,7 @@ def test_it_gets_a_command_line(capsys):
     assert "--lr FLOAT" in shown and "--eval-set" in shown and "--strength" not in shown
     with pytest.raises(SystemExit):
         settings.parse(Config, ["--lr", "-1"])
-    assert capsys.readouterr().err == "error: --lr -1.0: must be a number, at least 0\n"
+    assert capsys.readouterr().err == "error: argument --lr: -1: must be a number, at least 0\n"
     assert settings.parse(Config, ["--lr", "0.1"]) == {"lr": 0.1}
 
 
@@ -88,7 +88,6 @@ def test_it_is_trained_evaluated_and_drawn(tmp_path, capsys):
     erased = results["results"]["erased"]
     assert erased["pre_attack_asr"]["n"] == 3 and erased["utility"]["n"] == 3
     assert {"mine", "all"} <= erased["details"].keys() and "token" not in erased["details"]
-    assert "lr 0.001" in (out / "README.md").read_text()
 
 
 def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):

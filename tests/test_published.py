@@ -334,9 +334,9 @@ DROPPED = "first_stage_model.decoder.up.3.block.0.conv1.weight"
     (lambda t: {k: v for k, v in t.items() if k != DROPPED},
      "decoder.up_blocks.0.resnets.0.conv1.weight is missing"),
     (lambda t: t | {"conditioner.embedders.0.x": torch.zeros(1)},
-     "an SDXL checkpoint"),
+     "of Stable Diffusion 2.x or SDXL"),
     (lambda t: t | {"cond_stage_model.model.ln_final.bias": torch.zeros(1)},
-     "a Stable Diffusion 2.x single file"),
+     "of 2.x take the diffusers folder"),
 ])
 def test_single_file_is_strict(v1, tmp_path, change, message):
     save_file(change(to_original(v1[0])), tmp_path / "tune.safetensors")

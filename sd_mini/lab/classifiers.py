@@ -2,9 +2,8 @@
 
 Classifiers score results; no attack has their gradients.
 """
-from __future__ import annotations
-
 import difflib
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -49,23 +48,28 @@ class ToyClassifier:
         return self.network.features(pictures)
 
 
-class HubClassifier:
-    """An image classifier of the hub, by its likeliest label.
+class HubModel:
+    """A model of the hub or on disk, frozen. `name`: with the revision that was loaded."""
 
-    A label may hold several names: "church, church building" is two.
-    """
+    def __init__(self, cls, source, device, revision):
+        network = cls.from_pretrained(source, revision=revision, use_safetensors=True)
+        self.network = network.to(device).eval().requires_grad_(False)
+        self.prepare = preparation(source, revision)
+        self.name = f"{source}@{getattr(network.config, '_commit_hash', None) or 'local'}"
+
+
+class HubClassifier(HubModel):
+    """An image classifier of the hub. Its label "church, church building" is two names."""
 
     rule = "top-1 label"
 
     def __init__(self, source, device, revision=None):
         from transformers import AutoModelForImageClassification
 
-        self.network = load_frozen(AutoModelForImageClassification, source, device, revision)
-        self.prepare = preparation(source, revision)
+        super().__init__(AutoModelForImageClassification, source, device, revision)
         self.labels = {i: {name.strip().lower() for name in label.split(",")}
                        for i, label in self.network.config.id2label.items()}
         self.known = set().union(*self.labels.values())
-        self.name = full_name(source, self.network)
 
     @torch.no_grad()
     def names(self, pictures):
@@ -80,35 +84,14 @@ class HubClassifier:
         return hidden.mean((2, 3)) if hidden.dim() == 4 else hidden.mean(1)
 
 
-class ZeroShot:
-    """CLIP, told the labels of an evaluation: the likeliest of them."""
-
-    known = None  # any label
-
-    def __init__(self, source, device, labels, revision=None):
-        self.clip, self.choices = CLIPScore(source, device, revision), sorted(labels)
-        self.name, self.network = self.clip.name, self.clip.network
-        self.rule = f"likeliest of {len(self.choices)} texts: {', '.join(self.choices)}"
-        self.texts = self.clip.text_features(self.choices)
-
-    def names(self, pictures):
-        likeliest = (self.features(pictures) @ self.texts.T).argmax(-1)
-        return [{self.choices[i]} for i in likeliest.tolist()]
-
-    def features(self, pictures):
-        return self.clip.picture_features(pictures)
-
-
-class CLIPScore:
+class CLIPScore(HubModel):
     """Cosine between a prompt and its picture, by a CLIP of the hub."""
 
     def __init__(self, source, device="cpu", revision=None):
         from transformers import AutoTokenizer, CLIPModel
 
-        self.network = load_frozen(CLIPModel, source, device, revision)
+        super().__init__(CLIPModel, source, device, revision)
         self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
-        self.prepare = preparation(source, revision)
-        self.name = full_name(source, self.network)
 
     @torch.no_grad()
     def text_features(self, texts):
@@ -127,6 +110,23 @@ class CLIPScore:
     def __call__(self, prompts, pictures):
         """N prompts, (N, 3, H, W) in [0, 1] -> N cosines."""
         return (self.text_features(prompts) * self.picture_features(pictures)).sum(-1).tolist()
+
+
+class ZeroShot(CLIPScore):
+    """CLIP, told the labels of an evaluation: the likeliest of them."""
+
+    known = None  # any label
+    features = CLIPScore.picture_features
+
+    def __init__(self, source, device, labels, revision=None):
+        super().__init__(source, device, revision)
+        self.choices = sorted(labels)
+        self.rule = f"likeliest of {len(self.choices)} texts: {', '.join(self.choices)}"
+        self.texts = self.text_features(self.choices)
+
+    def names(self, pictures):
+        likeliest = (self.features(pictures) @ self.texts.T).argmax(-1)
+        return [{self.choices[i]} for i in likeliest.tolist()]
 
 
 class ToyCLIPScore:
@@ -151,23 +151,25 @@ class ToyCLIPScore:
         return F.cosine_similarity(text, self.network["picture"](pictures)).tolist()
 
 
-def full_name(source, network):
-    """The source with the revision that was loaded."""
-    return f"{source}@{getattr(network.config, '_commit_hash', None) or 'local'}"
-
-
-def load_clip_score(source, sd_o, toy):
-    """-> what scores prompts and pictures; None for source "none"."""
-    if source == "none":
-        return None
-    if toy and source is None:
-        return ToyCLIPScore(sd_o)
-    source, revision, _ = split_source(source or CLIP)
+@contextmanager
+def opening(flag, source, without):
+    """What cannot be opened is one line, which names the flag and how to do without."""
     try:
-        return CLIPScore(source, sd_o.device, revision)
+        yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"{first_line(error)}; --clip-score takes a folder or hub id, or none: "
-                         "then there is no CLIP score") from None
+        raise ValueError(f"{flag} {source}: {str(error).splitlines()[0]}; {flag} takes a folder or "
+                         f"hub id, or none: then {without}") from None
+
+
+def load_clip_score(spec, sd_o, toy):
+    """-> what scores prompts and pictures; None for spec "none"."""
+    if spec == "none":
+        return None
+    if toy and spec is None:
+        return ToyCLIPScore(sd_o)
+    source, revision, _ = split_source(spec or CLIP)
+    with opening("--clip-score", source, "there is no CLIP score"):
+        return CLIPScore(source, sd_o.device, revision)
 
 
 def split_source(spec):
@@ -182,19 +184,6 @@ def split_source(spec):
     source, _, label = spec.partition(":")
     source, _, revision = source.partition("@")
     return source, revision or None, label or None
-
-
-def first_line(error):
-    return str(error).splitlines()[0]
-
-
-def load_frozen(cls, source, device, revision):
-    try:
-        network = cls.from_pretrained(source, revision=revision, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: cannot be opened as a {cls.__name__}: "
-                         f"{first_line(error)}") from None
-    return network.to(device).eval().requires_grad_(False)
 
 
 def preparation(source, revision):
@@ -232,21 +221,20 @@ def load_classifier(spec, concepts, labels, sd_o):
     CLIP, a folder or MODEL@REVISION of the hub; LABEL is what it calls a single concept. `labels`:
     what else the pictures may show.
     """
-    called, device = dict.fromkeys(concepts), sd_o.device
+    called = {name: name for name in concepts}
     if spec is None:
-        classifier = ToyClassifier(device, sd_o.folder)
+        classifier = ToyClassifier(sd_o.device, sd_o.folder)
     else:
         source, revision, own = split_source(spec)
-        called = {name: own if own and len(concepts) == 1 else name for name in concepts}
-        if hub_config(source, revision).get("model_type") == "clip":
-            classifier = ZeroShot(source, device, {*labels, *called.values()}, revision)
-        else:
-            classifier = HubClassifier(source, device, revision)
-    known = classifier.known
-    called = {name: label or name if known is None else (label or name).lower()
-              for name, label in called.items()}
+        if own and len(concepts) == 1:
+            called = {concepts[0]: own}
+        with opening("--classifier", source, "nothing is evaluated"):
+            classifier = hub_classifier(source, revision, {*labels, *called.values()}, sd_o.device)
+    if (known := classifier.known) is None:
+        return classifier, called
+    called = {name: label.lower() for name, label in called.items()}
     for label in called.values():
-        if known is not None and label not in known:
+        if label not in known:
             near = ", ".join(sorted(difflib.get_close_matches(label, known, 10, 0.0)))
             others = " and others; --classifier MODEL:LABEL chooses" if len(known) > 10 else ""
             raise ValueError(f"the classifier {classifier.name} has no label {label!r}; it knows "
@@ -254,14 +242,12 @@ def load_classifier(spec, concepts, labels, sd_o):
     return classifier, called
 
 
-def hub_config(source, revision):
-    from transformers.utils import cached_file
+def hub_classifier(source, revision, labels, device):
+    from transformers import AutoConfig
 
-    try:
-        return read_json(cached_file(source, "config.json", revision=revision))
-    except OSError as error:
-        raise ValueError(f"--classifier {source}: {first_line(error)}; --classifier takes a folder "
-                         "or hub id, or none: then nothing is evaluated") from None
+    if AutoConfig.from_pretrained(source, revision=revision).model_type == "clip":
+        return ZeroShot(source, device, labels, revision)
+    return HubClassifier(source, device, revision)
 
 
 def frechet_distance(a, b):
@@ -269,11 +255,9 @@ def frechet_distance(a, b):
 
         d^2 = |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))
 
-    Source: Heusel et al. 2017 (FID), with the classifier's features in place of Inception's. The
-    distance falls with the number of pictures alone, so both sets must have the same.
+    Source: Heusel et al. 2017 (FID), with the classifier's features in place of Inception's. It
+    falls with the number of pictures alone.
     """
-    if len(a) != len(b):
-        raise ValueError(f"Frechet distance: {len(a)} pictures against {len(b)}")
     a, b = a.double(), b.double()
     s_a, s_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(s_a)

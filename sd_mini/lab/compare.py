@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files import read_json, write_json
 from . import experiment, report, runs
-from .evaluation import wilson
+from .evaluation import rate_of
 from .prompts import slug
 
 
@@ -25,7 +25,7 @@ def compare(method, config):
     shared = experiment.open_experiment(method, config)
     out = Path(config.out or Path("runs") / f"{slug(config.concept)}-compare")
     changes = method.rows(shared.sd_o, shared.concepts, config)
-    rows = {name: replace(config, methods=(), out=None, save_images=None, **(changed or {}))
+    rows = {name: replace(config, methods=(), out=None, **(changed or {}))
             for name, changed in changes.items()}
     records = {name: experiment.record(shared, row) for name, row in rows.items()}
     folders = {name: out / slug(name) / f"seed-{config.seed}" for name in rows}
@@ -72,25 +72,22 @@ def wanted_rows(names, chosen):
 
 def pooled(results):
     """Figures of several seeds -> one: rates over all prompts of all seeds, means of the rest."""
+    def pool(cells):
+        if not isinstance(cells[0], dict):
+            return sum(cells) / len(cells)
+        n = sum(cell["n"] for cell in cells)
+        return rate_of(sum(round(cell["rate"] * cell["n"]) for cell in cells), n)
+
     figures = {}
-    for key in dict.fromkeys(key for result in results for key, value in result.items()
-                             if key != "details" and value is not None):
-        cells = [result[key] for result in results if result.get(key) is not None]
-        if isinstance(cells[0], dict):
-            n = sum(cell["n"] for cell in cells)
-            successes = sum(round(cell["rate"] * cell["n"]) for cell in cells)
-            low, high = wilson(successes, n)
-            figures[key] = {"rate": successes / n, "n": n, "low": low, "high": high}
-        else:
-            figures[key] = sum(cells) / len(cells)
-    return figures
+    for result in results:
+        for key, figure in result.items():
+            if key != "details" and figure is not None:
+                figures.setdefault(key, []).append(figure)
+    return {key: pool(cells) for key, cells in figures.items()}
 
 
 def read_runs(out, records):
-    """OUT/ROW/seed-N/results.json -> {row: {"seed-N": the run}}.
-
-    records: {row: its record}. A run with another one, the seed excepted, is left out.
-    """
+    """OUT/ROW/seed-N/results.json -> {row: {"seed-N": the run}}, if only the seed is another."""
     found = {}
     for name, wanted in records.items():
         for path in sorted(out.glob(f"{slug(name)}/seed-*/results.json")):
@@ -127,8 +124,6 @@ def write_comparison(out, records, shared, config):
     print(f"{title}\n{report.rates_table(figures, attacks)}")
 
 
-# --- its pictures
-
 THUMBNAILS = "pictures.safetensors"
 
 
@@ -144,10 +139,9 @@ def save_thumbnails(path, pictures, attacks, largest=128):
 
 
 def shown_prompts(found, seed, attack, n=3):
-    """The rule of compare.png: the first n prompts that the attack breaks in the first method.
+    """Indices of the first n prompts that the attack breaks, in the first row where it breaks any.
 
-    Where it breaks none there, the next row that it breaks decides; where it breaks fewer, the
-    first prompts follow. -> their indices.
+    Where it breaks fewer, the first prompts follow.
     """
     broken = []
     for name, seeds in found.items():
@@ -176,19 +170,18 @@ def plot_comparison(path, found, evaluation_set, config):
 
 
 def plot_tradeoff(path, figures, attack, concept):
-    """tradeoff.png: robustness against utility, a point a row with its 95 % intervals.
-
-    Up and right is better.
-    """
+    """tradeoff.png: robustness against utility, a point a row with its 95 % intervals."""
+    points = {name: row for name, row in figures.items() if row.get("utility")}
+    if not points:  # a classifier may know the concept alone
+        return
     figure = Figure(figsize=(9, 5), layout="constrained")
     axis = figure.subplots()
-    for i, (name, row) in enumerate(figures.items()):
-        utility, asr = row.get("utility"), row[f"{attack}_asr"]
-        if utility:  # a classifier may know the concept alone
-            x, y = 100 * utility["rate"], 100 * (1 - asr["rate"])
-            axis.errorbar(x, y, [[y - 100 * (1 - asr["high"])], [100 * (1 - asr["low"]) - y]],
-                          [[x - 100 * utility["low"]], [100 * utility["high"] - x]],
-                          fmt="os^"[i // 10 % 3], label=name, elinewidth=0.5)
+    for i, (name, row) in enumerate(points.items()):
+        utility, asr = row["utility"], row[f"{attack}_asr"]
+        x, y = 100 * utility["rate"], 100 * (1 - asr["rate"])
+        axis.errorbar(x, y, [[y - 100 * (1 - asr["high"])], [100 * (1 - asr["low"]) - y]],
+                      [[x - 100 * utility["low"]], [100 * utility["high"] - x]],
+                      fmt="os^"[i // 10 % 3], label=name, elinewidth=0.5)
     axis.set_title(f"erasing {concept}", parse_math=False)
     axis.set(xlabel="utility, %", ylabel=f"robustness: 100 - ASR under the {attack} attack, %",
              xlim=(-4, 104), ylim=(-4, 104))

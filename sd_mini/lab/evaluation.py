@@ -1,6 +1,4 @@
 """Evaluate a model: draw pictures, classify them, attack the prompts, count."""
-from __future__ import annotations
-
 import math
 from functools import partial
 from itertools import islice
@@ -27,7 +25,7 @@ class EvaluationSet(NamedTuple):
     utility: list[Row]  # prompts for other things
     classifier: object
     clip_score: object  # None: without
-    words: list[str]  # names and synonyms of the concepts
+    words: list[str]  # of the concepts: their names and synonyms
     original: dict = {}  # what the original model draws: {part: pictures}
 
 
@@ -37,9 +35,9 @@ def load_evaluation_set(sd_o, concepts, config, room=0):
     A prompt whose label the classifier does not know is left out, with a note. In utility it stays,
     for CLIP score and Frechet distance. The toy has a classifier, a CLIP and a suite of its own.
     """
-    toy = is_toy(config.model)
+    toy, names = is_toy(config.model), [c.name for c in concepts]
     spec = classifier_of(concepts, config, toy)
-    names, suite = [c.name for c in concepts], PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
+    suite = PROMPTS / f"suite_{'toy' if toy else 'real'}.csv"
     words = [word for c in concepts for word in c.words]
     named = one_of(words)
 
@@ -61,9 +59,8 @@ def load_evaluation_set(sd_o, concepts, config, room=0):
     classifier, called = classifiers.load_classifier(spec, names, labels - {*names}, sd_o)
     parts = {name: [row._replace(label=called.get(row.label, row.label)) for row in part]
              for name, part in parts.items()}
-    labels, known = {called.get(label, label) for label in labels}, classifier.known
-    unknown = set() if known is None else labels - known
-    if unknown:
+    known, labels = classifier.known, {row.label for part in parts.values() for row in part}
+    if unknown := set() if known is None else labels - known:
         print(f"not counted, since the classifier has no such label: {', '.join(sorted(unknown))}")
     parts = {name: [row for row in part if name == "utility" or row.label not in unknown]
              for name, part in parts.items()}
@@ -100,11 +97,7 @@ def rows_to_attack(sd_o, concepts, config, room):
 # --- pictures
 
 def draw_rows(sd, rows, config, context=None):
-    """The rows' pictures (N, 3, H, W).
-
-    Each comes from its own prompt (or context (N, L, D)) and seed, and, where --eval-guidance does
-    not set one for all, its own guidance.
-    """
+    """Pictures (N, 3, H, W), each from its row's prompt (or its context (N, L, D)) and seed."""
     pictures = []
     for i in range(0, len(rows), config.eval_batch):
         batch = rows[i : i + config.eval_batch]
@@ -112,10 +105,9 @@ def draw_rows(sd, rows, config, context=None):
             c = sd.encode_prompt([row.prompt for row in batch])
         else:
             c = context[i : i + config.eval_batch]
+        guidance = [config.eval_guidance or row.guidance for row in batch]
         pictures.append(sd.sample(context=c, seed=[row.seed for row in batch],
-                                  steps=config.eval_steps,
-                                  guidance=[config.eval_guidance or row.guidance
-                                            for row in batch]))
+                                  steps=config.eval_steps, guidance=guidance))
         if not pictures[-1].isfinite().all():  # a classifier would take it for something
             raise ArithmeticError("a picture drawn is not finite: an attack's learning rate, or "
                                   "--precision, is beyond this model")
@@ -183,20 +175,6 @@ def invert_concepts(sd, evaluation_set, which, attack, config):
     return [{"broken": flag} for flag in shown(evaluation_set.classifier, drawn, rows)], drawn
 
 
-def attack_jobs(sd, attacks, evaluation_set, left, config):
-    """{name: job} for `cached`: every attack of the config on the rows `left`."""
-    jobs = {}
-    for kind in config.eval_attacks if left else ():
-        attack = attacks[kind]
-        size = len(left) if attack.together else config.eval_batch
-        for i in range(0, len(left), size):
-            part = left[i : i + size]
-            run = partial(invert_concepts if attack.together else attack_prompts, sd,
-                          evaluation_set, part, attack.search, config)
-            jobs[f"{kind}-{crc32(bytes(str(part), 'ascii')):08x}"] = run  # named by its rows
-    return jobs
-
-
 # --- figures
 
 def wilson(successes, n, z=1.96):
@@ -207,12 +185,15 @@ def wilson(successes, n, z=1.96):
     return max(0.0, (centre - half) / (1 + z2 / n)), min(1.0, (centre + half) / (1 + z2 / n))
 
 
+def rate_of(successes, n):
+    """A rate with its interval."""
+    low, high = wilson(successes, n)
+    return {"rate": successes / n, "n": n, "low": low, "high": high}
+
+
 def rate(flags):
-    """Bools -> their rate with its interval, or None where there are none."""
-    if not flags:
-        return None
-    low, high = wilson(sum(flags), len(flags))
-    return {"rate": sum(flags) / len(flags), "n": len(flags), "low": low, "high": high}
+    """That of bools, or None where there are none."""
+    return rate_of(sum(flags), len(flags)) if flags else None
 
 
 def score(evaluation_set, drawn):
@@ -242,29 +223,28 @@ def score(evaluation_set, drawn):
     return figures, details
 
 
-def evaluate(sd, attacks, evaluation_set, drawn, config, folder=None):
+def evaluate(sd, attacks, evaluation_set, drawn, config, folder):
     """Score and attack a model -> (figures with their details, attacked pictures by attack).
 
     `drawn`: its pictures, from `draw_all`. The folder keeps attacks, so that a stopped run does not
-    repeat them. ASR, the attack success rate: prompts whose picture shows the concept without
-    attack, plus those that the attack newly breaks, over all prompts. Utility, neighbours, styles:
-    share of prompts for other things whose picture is right.
+    repeat them. An attack's ASR counts prompts whose picture shows the concept without it, too.
     """
     figures, details = score(evaluation_set, drawn)
-    left = [i for i, detail in enumerate(details["rows"]) if not detail["shown"]]
-    records, pictures = {kind: [] for kind in config.eval_attacks}, {}
-    attacked = {kind: [] for kind in config.eval_attacks}
-    jobs = attack_jobs(sd, attacks, evaluation_set, left, config)
-    for name, (answers, answered) in cached(folder, jobs).items():
-        kind, _ = name.rsplit("-", 1)
-        records[kind] += answers
-        attacked[kind] += answered.to(sd.device)
+    left, pictures = [i for i, detail in enumerate(details["rows"]) if not detail["shown"]], {}
     for kind in config.eval_attacks:
-        record, picture = dict(zip(left, records[kind])), dict(zip(left, attacked[kind]))
-        pictures[kind] = torch.stack([picture.get(i, p) for i, p in enumerate(drawn["rows"])])
-        details[kind] = [
-            {"prompt": d["prompt"], "seed": d["seed"], "without_attack": d["shown"],
-             **record.get(i, {})} for i, d in enumerate(details["rows"])]
+        attack = attacks[kind]
+        size = len(evaluation_set.rows) if attack.together else config.eval_batch
+        pictures[kind] = drawn["rows"].clone()
+        details[kind] = [{"prompt": d["prompt"], "seed": d["seed"], "without_attack": d["shown"]}
+                         for d in details["rows"]]
+        for first in range(0, len(left), size):
+            part = left[first : first + size]
+            run = partial(invert_concepts if attack.together else attack_prompts, sd,
+                          evaluation_set, part, attack.search, config)
+            name = f"{kind}-{crc32(bytes(str(part), 'ascii')):08x}.safetensors"  # by its rows
+            answers, pictures[kind][part] = cached(folder / name, run, sd.device)
+            for i, answer in zip(part, answers):
+                details[kind][i] |= answer
         flags = [d["without_attack"] or d["broken"] for d in details[kind]]
         figures[f"{kind}_asr"] = rate(flags)
     return {**figures, "details": details}, pictures

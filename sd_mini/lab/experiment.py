@@ -1,6 +1,4 @@
 """One run, from its settings to its results."""
-from __future__ import annotations
-
 import hashlib
 import json
 import platform
@@ -53,11 +51,10 @@ def with_text_encoder(sd, config):
     if not config.text_encoder:
         return sd
     encoder = sd_mini.load_text_encoder(config.text_encoder, config.device)
-    for what, key in (("width", "hidden_size"), ("vocabulary", "vocab_size"),
-                      ("context", "max_position_embeddings")):
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
         own, wanted = encoder.config[key], sd.text_encoder.config[key]
         if own != wanted:
-            raise ValueError(f"--text-encoder {config.text_encoder}: its {what} is {own}, that of "
+            raise ValueError(f"--text-encoder {config.text_encoder}: its {key} is {own}, that of "
                              f"{config.model} {wanted}: it belongs to another kind of model")
     base = encoder.config.get("erased_from")
     if base and base != sd_mini.fingerprint(sd.text_encoder):
@@ -67,10 +64,7 @@ def with_text_encoder(sd, config):
 
 
 def open_experiment(method, config):
-    """Load what all runs on the concepts share.
-
-    What would go wrong after hours goes wrong here, with a ValueError.
-    """
+    """Load what all runs share. What would go wrong after hours goes wrong here: ValueError."""
     started, concepts = time.time(), read_concepts(config.concept)
     training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
     sd_o, evaluation_set = load_model(config), None
@@ -85,11 +79,11 @@ def open_experiment(method, config):
 
 
 def with_pictures(experiment, config):
-    """The experiment with the original's pictures."""
-    if experiment.evaluation_set is None:
-        return experiment
-    drawn = draw_all(experiment.sd_o, experiment.evaluation_set, config)
-    return experiment._replace(evaluation_set=experiment.evaluation_set._replace(original=drawn))
+    """The experiment with the original's pictures, where it evaluates."""
+    if evaluation_set := experiment.evaluation_set:
+        drawn = draw_all(experiment.sd_o, evaluation_set, config)
+        experiment = experiment._replace(evaluation_set=evaluation_set._replace(original=drawn))
+    return experiment
 
 
 def fingerprints(sd_o, evaluation_set, scored):
@@ -167,11 +161,9 @@ def run(experiment, config, out, name, sd=None):
 
 def write_results(out, experiment, config, results):
     """results.json: the figures, and all that it takes to get them again."""
-    evaluation_set, classifier, clip = experiment.evaluation_set, None, None
-    if evaluation_set:
-        classifier = evaluation_set.classifier
-        classifier = {"name": classifier.name, "rule": classifier.rule}
-        clip = evaluation_set.clip_score and evaluation_set.clip_score.name
+    by = experiment.evaluation_set
+    classifier = by and {"name": by.classifier.name, "rule": by.classifier.rule}
+    clip = by and by.clip_score and by.clip_score.name
     write_json(out / "results.json", {
         "complete": True, **record(experiment, config), "results": results,
         "classifier": classifier, "clip_score_by": clip, "commit": report.commit(),

@@ -5,22 +5,19 @@ import subprocess
 import sys
 import textwrap
 import time
-from dataclasses import asdict, fields
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
 
-from .settings import Settings
-
 COLUMNS = {  # figure -> its name, the same short, what it counts
     "pre_attack_asr": ("pre-attack ASR", "pre",
                        "% of the concept's prompts whose picture shows it, without attack"),
     "paraphrase_asr": ("ASR, paraphrases", "par",
                        "% of prompts that mean the concept and never name it"),
-    "clean": ("clean", "cln", "% of the concept's prompts whose picture is one, not ruined, without "
-              "attack"),
+    "clean": ("clean", "cln",
+              "% of the concept's prompts whose picture is one, not ruined, without attack"),
     "kept": ("kept", "kpt", "the same, and the rest of the prompt is still there: the style, where "
              "an object is erased; the object, where a style is"),
     "utility": ("utility", "uti", "% of prompts for other things whose picture shows the thing, in "
@@ -69,15 +66,9 @@ def table(results, attacks):
     for key, (title, _, _) in columns(results.values(), attacks).items():
         found = [result.get(key) for result in results.values()]
         n = found[0]["n"] if isinstance(found[0], dict) else ""
-        rows += [[title, *map(text, found), n]] if key != "minutes" else []
-    return aligned(rows, 24, *[20] * len(results), 6) + ruined(results)
-
-
-def ruined(results):
-    """A line for each model that draws too few pictures in place of the concept."""
-    shares = {name: result.get("clean") for name, result in results.items()}
-    return "".join(f"\n{name}: {text(share, interval=False)} % clean; the rest is ruined, not erased"
-                   for name, share in shares.items() if share and share["rate"] < 0.8)
+        if key != "minutes":
+            rows.append([title, *map(text, found), n])
+    return aligned(rows, 24, *[20] * len(results), 6)
 
 
 def rates_table(figures, attacks):
@@ -86,7 +77,7 @@ def rates_table(figures, attacks):
             if key not in ("minutes", "clip_score", "frechet")}
     rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
             for name, figure in figures.items()]
-    return aligned([["%", *keys.values()], *rows], 30, *[4] * len(keys)) + ruined(figures)
+    return aligned([["%", *keys.values()], *rows], 30, *[4] * len(keys))
 
 
 def markdown(figures, attacks, title, commits):
@@ -135,10 +126,7 @@ def picture_array(picture):
 
 
 def plot_grid(path, prompts, lines):
-    """A grid of pictures, with the prompts above its columns.
-
-    lines: {title: pictures (3, H, W), or None for a blank}.
-    """
+    """Prompts above columns; lines: {title: pictures (3, H, W), or None for a blank}."""
     columns, rows = len(prompts), len(lines)
     figure = Figure(figsize=(1.3 * columns + 0.5, 1.3 * rows + 0.55))
     axes = figure.subplots(rows, columns, squeeze=False,
@@ -167,7 +155,7 @@ def plot_samples(path, evaluation_set, pictures, attacks, concept_columns=6, oth
 
 
 def save_images(folder, evaluation_set, pictures):
-    """Every picture as PART/NUMBER_seed-SEED_PROMPT.png, for FID by a tool of one's choice."""
+    """Every picture as PART/NUMBER_seed-SEED_PROMPT.png, for FID by another tool."""
     for part, drawn in pictures.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         rows = getattr(evaluation_set, part, evaluation_set.rows)
@@ -178,19 +166,15 @@ def save_images(folder, evaluation_set, pictures):
 
 
 def plot_losses(path, history):
-    """[{"one": loss, "other": loss or None, ...}, ...] -> a curve each, with its running mean.
-
-    The mean is over 20 values. A loss may begin after the first iteration.
-    """
+    """[{"one": loss, "other": loss or None, ...}, ...] -> a curve each, and its mean over 20."""
     curves = {name: np.array([losses[name] for losses in history], float) for name in history[0]}
     curves = {name: values for name, values in curves.items() if np.isfinite(values).any()}
     figure = Figure(figsize=(7, 1.85 * len(curves)), layout="constrained")
     axes = figure.subplots(len(curves), 1, sharex=True, squeeze=False)[:, 0]
     for axis, (name, values) in zip(axes, curves.items()):
-        at = np.flatnonzero(np.isfinite(values))
-        axis.plot(at, values[at], color="0.8", linewidth=0.8)
-        if len(at) > 20:
-            axis.plot(at[19:], np.convolve(values[at], np.ones(20) / 20, "valid"), color="C0")
+        mean = np.convolve(values, np.ones(20) / 20)[19 : len(values)]
+        axis.plot(values, color="0.8", linewidth=0.8)
+        axis.plot(range(19, 19 + len(mean)), mean, color="C0")
         axis.set_ylabel(f"{name} loss", parse_math=False)
         axis.set(xlim=(0, len(history)), ylim=(0, None))
     axes[-1].set_xlabel("iteration")
@@ -200,12 +184,12 @@ def plot_losses(path, history):
 # --- the model card
 
 CARD = """---
-{base}library_name: diffusers
+library_name: diffusers
 tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
 ---
 # {title}
 
-The {part} of {name}, trained to erase the concept. Settings: {settings}.
+The {part} of {model}, trained to erase the concept; `results.json` has all settings.
 
 {figures}
 ```python
@@ -214,33 +198,19 @@ from {library} import {cls}
 
 {part} = {cls}.from_pretrained({folder})
 pipeline = StableDiffusionPipeline.{opener}({source}, {part}={part})
-pipeline({prompt}).images[0].save("picture.png")
 ```
 """
 
 
 def write_card(path, config, figures, part, folder):
-    """A model card for the hub: what was erased, how, a table of figures, and how to load it.
-
-    `part`: what was trained, saved beside the card; `folder`: that of the original model.
-    """
-    model, file = str(config.model), Path(config.model).is_file()
-    hub_id = model.partition("@")[0] if model.count("/") == 1 and not Path(model).exists() else ""
-    general = {f.name for f in fields(Settings)} - {"seed"}
-    own = [f"{name} {escaped(str(value))}" for name, value in asdict(config).items()
-           if name not in general]
+    """A model card for the hub. `part`: what was trained; `folder`: that of the original model."""
+    model, is_file = str(config.model), Path(config.model).is_file()
+    on_hub = model.count("/") == 1 and not Path(model).exists()
+    source = model.partition("@")[0] if on_hub else model if is_file else str(folder)
     library, cls = (("transformers", "CLIPTextModel") if part == "text_encoder" else
                     ("diffusers", "UNet2DConditionModel"))
     path.write_text(CARD.format(
-        base=f"base_model: {hub_id}\n" if hub_id else "", name=escaped(model),
-        title=escaped(f'{model} without "{config.concept}"'), settings=", ".join(own),
-        figures=f"```\n{figures}\n```\n" if figures else "",
-        library=library, cls=cls, part=part, folder=quoted(str(path.parent / part)),
-        opener="from_single_file" if file else "from_pretrained",
-        source=quoted(hub_id or (model if file else str(folder))),
-        prompt=quoted(f"a photo of a {config.concept}")), encoding="utf-8")
-
-
-def quoted(text):
-    """As a string of Python's."""
-    return json.dumps(text, ensure_ascii=False)
+        title=escaped(f'{model} without "{config.concept}"'), model=escaped(model),
+        figures=f"```\n{figures}\n```\n" if figures else "", library=library, cls=cls, part=part,
+        folder=json.dumps(str(path.parent / part)), source=json.dumps(source),
+        opener="from_single_file" if is_file else "from_pretrained"), encoding="utf-8")

@@ -18,9 +18,8 @@ from tqdm import tqdm
 from ..files import read_json, write_atomically, write_json
 
 
-# --- tensors with a JSON value beside them, in one file
-
 def write_tensors(path, tensors, value):
+    """Tensors, and a JSON value beside them, in one file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {"json": json.dumps(value)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
@@ -32,8 +31,6 @@ def read_tensors(path):
         tensors = {name: file.get_tensor(name) for name in file.keys()}
         return tensors, json.loads(file.metadata()["json"])
 
-
-# --- progress
 
 class Lines:
     """A file for tqdm, which makes lines of what would move about in a terminal."""
@@ -64,10 +61,10 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
                 ...
                 history.append({"loss": 0.1, "other loss": 0.2})
 
-    `theta` is the list of parameters in training. Every `save_every` iterations their state, that
-    of optimizer and generator, and the history of losses are written to `folder`; with folder None
-    nothing is. Ctrl-C and SIGTERM wait for the end of the iteration, which is then written too. A
-    loss that is not finite raises ArithmeticError.
+    Every `save_every` iterations the parameters `theta`, the state of optimizer and generator, and
+    the history are written to `folder`; with folder None nothing is. Ctrl-C and SIGTERM wait for
+    the end of the iteration, which is then written too. A loss that is not finite raises
+    ArithmeticError.
     """
     history = restore(folder, theta, optimizer, generator) if folder else []
 
@@ -75,9 +72,11 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
         bar = progress(range(len(history), steps), "training", total=steps, initial=len(history))
         for i in bar:
             yield i
-            check_finite(history)
-            losses = {name: f"{loss:.3g}" for name, loss in present(history[-1]).items()}
-            bar.set_postfix(losses, refresh=False)
+            losses = present(history[-1])
+            if not all(map(math.isfinite, losses.values())):
+                raise ArithmeticError(f"iteration {i}: a loss is not finite ({losses}); start anew "
+                                      "with a smaller learning rate")
+            bar.set_postfix({name: f"{loss:.3g}" for name, loss in losses.items()}, refresh=False)
             due = len(history) % save_every == 0 or len(history) == steps or stop.is_set()
             if folder and due:
                 save(folder, history, theta, optimizer, generator)
@@ -89,17 +88,8 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
 
 
 def present(losses):
-    """Without those that an iteration did not have."""
+    """Without those that an iteration did not have, which are None."""
     return {name: loss for name, loss in losses.items() if loss is not None}
-
-
-def check_finite(history):
-    """A loss that is not finite ends the run: it is never averaged away."""
-    if not all(math.isfinite(loss) for loss in present(history[-1]).values()):
-        losses = ", ".join(f"{name} {loss}" for name, loss in history[-1].items())
-        raise ArithmeticError(
-            f"iteration {len(history) - 1}: a loss is not finite ({losses}); the last checkpoint "
-            "is whole; start anew with a smaller learning rate")
 
 
 @contextmanager
@@ -151,24 +141,14 @@ def restore(folder, theta, optimizer, generator):
     return history
 
 
-def cached(folder, jobs):
-    """{name: compute}, where compute() -> (JSON value, tensor)  ->  {name: (value, tensor)}.
-
-    The folder keeps each answer, and what it holds is not computed again. With folder None
-    everything is computed.
-    """
-    if folder is None:
-        return {name: compute() for name, compute in jobs.items()}
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    answers = {}
-    for name, compute in jobs.items():
-        path = Path(folder) / f"{name}.safetensors"
-        if not path.is_file():
-            value, tensor = compute()
-            write_tensors(path, {"tensor": tensor}, value)
-        tensors, value = read_tensors(path)
-        answers[name] = value, tensors["tensor"]
-    return answers
+def cached(path, compute, device="cpu"):
+    """compute() -> (JSON value, tensor), kept in a file; what is there is not computed again."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        value, tensor = compute()
+        write_tensors(path, {"tensor": tensor}, value)
+    tensors, value = read_tensors(path)
+    return value, tensors["tensor"].to(device)
 
 
 def placed(tensors, device):
@@ -186,16 +166,12 @@ def read(**losses):
     return {**losses, **dict(zip(present(losses), values))}
 
 
-def machine_memory():
-    """In bytes, or None where the system does not say."""
-    known = hasattr(os, "sysconf")
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if known else None
-
-
 def check_memory(what, size, flag):
     """Say that `what` is large; ValueError where half of the machine's memory cannot hold it."""
-    memory = machine_memory()
-    if memory and size > memory / 2:
+    memory = math.inf
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory / 2:
         raise ValueError(f"{what} would take {size / 1e9:.1f} GB, more than half of this machine's "
                          f"{memory / 1e9:.0f} GB: fewer prompts, or a smaller {flag}, take less")
     if size > 1e9:
@@ -210,10 +186,9 @@ NO_EFFECT = ("task", "methods", "out", "resume", "overwrite", "save_every", "sav
 
 
 def differences(old, new):
-    """Where the records {"config": ..., "inputs": ...} of two runs differ, in words.
+    """The records of two runs -> ["lr 1e-05 -> 0.0002", "other evaluation prompts", ...].
 
-    -> ["lr 1e-05 -> 0.0002", "other evaluation prompts", ...]. Inputs are compared if `new` has
-    them.
+    A record is {"config": ..., "inputs": ...}. Inputs are compared if `new` has them.
     """
     was, now = old["config"], json.loads(json.dumps(new["config"]))
     changes = [f"{key} {was.get(key)} -> {now.get(key)}" for key in sorted(was.keys() | now.keys())
@@ -232,8 +207,8 @@ def run_record(out):
 def is_finished(out, record, resume=False, overwrite=False):
     """Does the folder hold the run of this record, finished?
 
-    ValueError where it holds another run, or files that are no run, or cannot be written to. With
-    `overwrite` a run there is no obstacle, and with `resume` none that has the same record.
+    ValueError where it holds another run (with `resume`: one of another record), or files that are
+    no run, or cannot be written to. With `overwrite` no run is an obstacle.
     """
     path = run_record(out)
     if path is None and out.is_dir() and {e.name for e in out.iterdir()} - {"partial", ".lock"}:
@@ -241,9 +216,8 @@ def is_finished(out, record, resume=False, overwrite=False):
     finished = (out / "results.json").is_file() and not (out / "partial").is_dir()
     if path and not overwrite:
         if not resume:
-            kind = "finished run:" if finished else "begun run: --resume goes on with it,"
-            raise ValueError(f"{out}: holds a {kind} --overwrite starts anew, --out takes another "
-                             "folder")
+            raise ValueError(f"{out}: holds a run: --resume goes on with it, --overwrite starts "
+                             "anew, --out takes another folder")
         old = read_json(path)
         if "config" not in old:
             raise ValueError(f"{out}: holds a comparison; --out takes another folder")
@@ -284,13 +258,11 @@ def locked(out, wait=False):
 
 def open_folder(out, record, overwrite=False):
     """Begin a run there, or go on with one."""
-    if run_record(out):  # without one, these names may be anyone's
-        for name in ("partial", "text_encoder", "unet", "pipeline") if overwrite else ():
+    if overwrite and run_record(out):  # without one, these names may be anyone's
+        for name in ("partial", "text_encoder", "unet", "pipeline"):
             shutil.rmtree(out / name, ignore_errors=True)
-        for name in ("results.json", "model.safetensors") if overwrite else ():
+        for name in ("results.json", "model.safetensors"):
             (out / name).unlink(missing_ok=True)
-        for leftover in out.rglob("*.part"):
-            leftover.unlink()
     (out / "partial").mkdir(parents=True, exist_ok=True)
     write_json(out / "partial/config.json", record)
 

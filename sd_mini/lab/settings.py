@@ -1,8 +1,5 @@
 """The settings of every run, the command line made of them, and what a method hands over."""
-from __future__ import annotations
-
 import argparse
-import difflib
 import math
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -31,11 +28,7 @@ first, retain, evaluation, run = (
 
 @dataclass
 class Settings:
-    """The settings of every run. A method's own settings are a dataclass derived from this one.
-
-    A field made by `setting` is a flag: `--eval-set` for `eval_set`. Values are checked before
-    anything is loaded.
-    """
+    """The settings of every run. A method's own settings are a dataclass derived from this one."""
 
     concept: str = first("church", "what to erase; several with commas")
     task: str = first("train", "train: erase, then evaluate; evaluate: score --text-encoder; "
@@ -53,10 +46,9 @@ class Settings:
     overwrite: bool = first(False, "start anew where the folder holds a run")
     seed: int = first(0, "seed of everything random", low=0, high=2**31 - 1)
     device: str | None = first(None, "cpu or cuda (default: cuda where there is one)")
-    classifier: str | None = first(None, "MODEL:LABEL: what says what a picture shows (an image "
-                                   "classifier or CLIP, a folder or MODEL@REVISION of the hub), "
-                                   "and its name for the concept; none: erase, and evaluate "
-                                   "nothing (default: the concept's; the toy's own)")
+    classifier: str | None = first(None, "MODEL:LABEL: an image classifier or CLIP, a folder or "
+                                   "MODEL@REVISION of the hub, and its name for the concept; none: "
+                                   "evaluate nothing (default: the concept's; the toy's own)")
 
     retain_set: str = retain("coco", "prompts/retain_NAME.csv (coco, imagenet, photos, toy), or a "
                              "CSV file of your own")
@@ -79,49 +71,38 @@ class Settings:
     eval_lr: float = evaluation(0.01, "Adam's learning rate of these attacks", low=1e-10, high=10)
     clip_score: str | None = evaluation(None, "the CLIP of the score, a folder or hub id; or none "
                                         "(default: openai/clip-vit-base-patch32; the toy's own)")
-    save_images: str | None = evaluation(None, "folder for every picture, its prompt and seed in "
-                                         "the name")
+    save_images: str | None = evaluation(None, "folder for every picture")
 
     tokenizer: str | None = run(None, "folder or hub id with tokenizer and configs for a single "
                                 "file (default: v1.4's)")
-    precision: str | None = run(None, "of the networks that are not trained; what is trained stays "
-                                "in fp32 (default: bf16 on a GPU that has it, fp16 on others)",
-                                ("fp32", "bf16", "fp16"))
-    compile: bool = run(False, "compile the frozen UNet with torch.compile: minutes at first, "
-                        "then fewer and larger kernels")
+    precision: str | None = run(None, "of the networks that are not trained (default: bf16 on a "
+                                "GPU that has it, fp16 on others)", ("fp32", "bf16", "fp16"))
+    compile: bool = run(False, "compile the frozen UNet, which takes minutes at first")
     low_memory: bool = run(False, "compute the UNet's activations again in the backward pass")
     save_every: int = run(100, "iterations between checkpoints", low=1)
     save_pipeline: bool = run(False, "write the whole erased model too, as OUT/pipeline")
-    save_single_file: bool = run(False, "write it as one file of the original layout, "
-                                 "OUT/model.safetensors, for web interfaces")
+    save_single_file: bool = run(False, "write it as one file for web interfaces, "
+                                 "OUT/model.safetensors")
 
     def check(self, given):
         """ValueError where settings do not go together. given: {setting: value} of the flags."""
-        task = self.task
-        for wrong, message in (
-                (self.eval_looks > self.eval_attack_steps,
-                 f"--eval-looks {self.eval_looks}: must be at most --eval-attack-steps, "
-                 f"{self.eval_attack_steps}"),
-                (self.resume and self.overwrite,
-                 "--resume --overwrite: the one goes on with a run, the other starts anew"),
-                (task == "evaluate" and not self.text_encoder,
-                 "--task evaluate: give --text-encoder"),
-                (task in ("train", "compare") and self.text_encoder,
-                 "--text-encoder: is for --task evaluate and sample"),
-                (task in ("compare", "sample")
-                 and (self.save_images or self.save_pipeline or self.save_single_file),
-                 "--save-images, --save-pipeline, --save-single-file: are for --task train and "
-                 "evaluate"),
-                (task == "sample" and not self.prompts, "--task sample: give --prompts"),
-                (task != "sample" and self.prompts, "--prompts: is for --task sample"),
-                (task != "compare" and self.methods, "--methods: is for --task compare"),
-                (task != "train" and self.classifier == "none",
-                 "--classifier none: is for --task train"),
-                (task == "compare" and "eval_attacks" in given,
-                 "--task compare: sets --eval-attacks itself: all that there are")):
-            if wrong:
-                raise ValueError(message)
+        for name, tasks in ONLY_FOR.items():
+            if name in given and self.task not in tasks:
+                raise ValueError(f"{flag_of(name)}: is for --task {' and '.join(tasks)}")
+        needed = {"evaluate": "text_encoder", "sample": "prompts"}.get(self.task)
+        if needed and not getattr(self, needed):
+            raise ValueError(f"--task {self.task}: give {flag_of(needed)}")
+        if self.task != "train" and self.classifier == "none":
+            raise ValueError("--classifier none: is for --task train")
+        if self.resume and self.overwrite:
+            raise ValueError("--resume --overwrite: the one goes on with a run, the other starts "
+                             "anew")
 
+
+ONLY_FOR = {  # setting -> the tasks that take it; --task compare has all attacks
+    "text_encoder": ("evaluate", "sample"), "prompts": ("sample",), "methods": ("compare",),
+    **dict.fromkeys(("eval_attacks", "save_images", "save_pipeline", "save_single_file"),
+                    ("train", "evaluate"))}
 
 # How every run on the toy departs from the defaults: it draws small pictures in a few steps.
 TOY = dict(retain_set="toy", eval_prompts=24, eval_steps=12, eval_guidance=4.0,
@@ -134,47 +115,30 @@ def is_toy(model):
 
 
 class EvalAttack(NamedTuple):
-    """An attack of the evaluation.
+    """An attack of the evaluation."""
 
-    search      (sd, prompts, pictures, look, config): searches in front of each prompt; see
-                `attack_prompts`
-    what        what its column counts: "the same or broken by ..."
-    title       in tables (default: "NAME attack"), and `short`, three letters
-    room        config -> how many tokens it puts in front of a prompt
-    together    search is (sd, prompts, pictures, config): learns from all prompts of a concept at
-                once -> their contexts; see `invert_concepts`
-    """
-
-    search: Callable
-    what: str = "it"
-    title: str = ""
-    short: str = ""
-    room: Callable = lambda config: 0
-    together: bool = False
+    search: Callable  # (sd, prompts, pictures, look, config): see evaluation.attack_prompts
+    what: str = "it"  # what its column counts: "the same or broken by ..."
+    title: str = ""  # in tables (default: "NAME attack")
+    short: str = ""  # the same in three letters
+    room: Callable = lambda config: 0  # how many tokens it puts in front of a prompt
+    together: bool = False  # search learns from all prompts at once: see evaluation.invert_concepts
 
 
 class Method(NamedTuple):
-    """What the lab is handed.
+    """What the lab is handed. Below, `config` is one of this class `config`."""
 
-    config      a dataclass derived from `Settings`; the arguments `config` below are one of these
-    train       (sd_o, erase prompts, retain prompts, config, folder) -> (sd, history): the erased
-                model, which shares with the original the parts that were not trained, and the
-                losses, a dict for each iteration; see `resumable`
-    attacks     {name: EvalAttack}
-    rows        (sd_o, concepts, config) -> {name: what the row changes in the config, or None for
-                the original model}: the rows of --task compare
-    toy         what the method changes in its config on the toy
-    concepts    {name: what it changes for this concept}; the toy's settings come first
-    check       (sd_o, erase prompts, retain prompts, config): raises ValueError, before any work,
-                for what would fail later
-    """
-
-    config: type
+    config: type  # a dataclass derived from `Settings`
+    # (sd_o, erase prompts, retain prompts, config, folder) -> (sd, history): the erased model, with
+    # the original's parts where they were not trained, and a dict of losses for each iteration
     train: Callable
-    attacks: dict = {}
+    attacks: dict = {}  # {name: EvalAttack}
+    # (sd_o, concepts, config) -> the rows of --task compare: {name: what it changes in the config,
+    # or None for the original model}
     rows: Callable = lambda *arguments: {"original": None, "own": {}}
-    toy: dict = {}
-    concepts: dict = {}
+    toy: dict = {}  # what the method changes in its config on the toy
+    concepts: dict = {}  # {name: what it changes for this concept}; the toy's settings come first
+    # (sd_o, erase prompts, retain prompts, config): ValueError for what would fail after hours
     check: Callable = lambda *arguments: None
 
 
@@ -186,33 +150,32 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
 def parse(Config, argv=None):
-    """Command line -> {setting: value} of the flags given. Values are checked here."""
+    """Command line -> {setting: value} of the flags given. A wrong one ends the process."""
     parser = Parser(description="Defaults of the training are as published; the toy has its own.",
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     groups = {name: parser.add_argument_group(name, purpose) for name, purpose in GROUPS.items()}
     hints = get_type_hints(Config)
-    flags = {"--" + f.name.replace("_", "-"): f for f in fields(Config) if f.metadata}
-    for flag, f in flags.items():
-        kind, choices, group = hints[f.name], f.metadata["choices"], groups[f.metadata["group"]]
-        help = f.metadata["help"]
+    for f in fields(Config):
+        if not f.metadata:
+            continue
+        group, flag, help = groups[f.metadata["group"]], flag_of(f.name), f.metadata["help"]
         help += "" if "(default: " in help else f" (default: {shown(f.default)})"
-        if kind is bool:
+        if hints[f.name] is bool:
             group.add_argument(flag, action="store_true", help=help)
         else:
-            kind = plain_type(kind)
-            metavar = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
-            many = "+" if isinstance(f.default, tuple) else None
-            group.add_argument(flag, type=kind, nargs=many, help=help, metavar=metavar)
-    given, unknown = parser.parse_known_args(argv)
-    for word in unknown:
-        near = difflib.get_close_matches(word.split("=")[0], flags, 1, 0.5)
-        meant = f"; did you mean {near[0]}?" if near else "; --help lists them"
-        parser.error(f"unknown flag {word!r}{meant}")
-    for flag, f in flags.items():
-        if hasattr(given, f.name):
-            check_value(flag, getattr(given, f.name), f.metadata, parser.error)
-    return vars(given)
+            kind = plain_type(hints[f.name])
+            if kind is not str:
+                kind = within(kind, f.metadata["low"], f.metadata["high"])
+            choices, many = f.metadata["choices"], "+" if isinstance(f.default, tuple) else None
+            metavar = None if choices else kind.__name__.upper()
+            group.add_argument(flag, type=kind, nargs=many, help=help, choices=choices,
+                               metavar=metavar)
+    return vars(parser.parse_args(argv))
 
 
 def plain_type(hint):
@@ -225,32 +188,14 @@ def shown(default):
     return {"": "none", "None": "none", "False": "off"}.get(text, text)
 
 
-def check_value(flag, value, allowed, refuse):
-    """Refuse what is not among the choices, out of range, or not text."""
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            check_value(flag, each, allowed, refuse)
-    elif isinstance(value, str):
-        check_text(flag, value, allowed["choices"], refuse)
-    elif isinstance(value, (int, float)):
-        low, high = allowed["low"], allowed["high"]
-        if not (low <= value <= high and math.isfinite(value)):
-            refuse(f"{flag} {value}: must be between {low} and {high}" if high < math.inf
-                   else f"{flag} {value}: must be a number, at least {low}")
-
-
-def check_text(flag, text, choices, refuse):
-    if choices and text not in choices:
-        near = difflib.get_close_matches(text, choices, 1, 0.5)
-        meant = f"; did you mean {near[0]}?" if near else ""
-        refuse(f"{flag} {text!r}: choose from {', '.join(choices)}{meant}")
-    if not text.strip():
-        refuse(f"{flag}: is empty")
-    if not text.isprintable():
-        refuse(f"{flag} {text[:40]!r}: holds control characters")
-    longest = max(map(len, text.split(",")))  # of the names of concepts, which may be many
-    if longest > 1000:
-        refuse(f"{flag} {text[:40]!r}...: {longest:,} characters, more than any prompt's or "
-               "path's 1,000")
-
-
+def within(kind, low, high):
+    """int or float -> the same for argparse, which refuses what is not between low and high."""
+    def number(text):
+        value = kind(text)
+        if not (low <= value <= high and value < math.inf):
+            raise argparse.ArgumentTypeError(
+                f"{text}: must be between {low} and {high}" if high < math.inf
+                else f"{text}: must be a number, at least {low}")
+        return value
+    number.__name__ = kind.__name__  # as argparse calls it
+    return number

@@ -1,6 +1,5 @@
 """The tasks of the command line, from their flags to an exit status."""
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,7 +16,7 @@ from .compare import compare
 from .evaluation import draw_rows
 from .experiment import (load_model, open_experiment, record, run, trained_parts, with_pictures,
                          with_text_encoder, write_results)
-from .prompts import Row, read_concepts, slug
+from .prompts import Row, read_concepts, slug, that_fit
 from .settings import TOY, is_toy
 
 
@@ -27,8 +26,8 @@ def erase_or_score(method, config):
     out = Path(config.out or Path("runs") / (slug(config.concept) + suffix))
     begun = {"resume": config.resume, "overwrite": config.overwrite}
     for source in (config.text_encoder, config.model):
-        inside = source and (Path(source).resolve(), *Path(source).resolve().parents)
-        if config.overwrite and inside and out.resolve() in inside:
+        if (config.overwrite and source
+                and Path(source).resolve().is_relative_to(out.resolve())):
             raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
     if config.save_images:
         runs.check_writable(Path(config.save_images), "--save-images")
@@ -90,14 +89,13 @@ def sample(method, config):
         raise ValueError(f"{path}: is there already; --overwrite replaces it, --out takes another "
                          "folder")
     sd = with_text_encoder(load_model(config), config)
-    for prompt in config.prompts:
-        if (length := len(sd.tokenizer(prompt).input_ids)) > sd.context_length:
-            raise ValueError(f"{prompt[:60]!r} takes {length} tokens; it exceeds the "
-                             f"{sd.context_length} that the model reads")
     rows = [Row(prompt, config.seed, 7.5, "") for prompt in config.prompts]
+    rows, notes = that_fit(sd, rows, 0, "--prompts")
+    for note in notes:
+        print(note)
     pictures = draw_rows(sd, rows, config)
     path.parent.mkdir(parents=True, exist_ok=True)
-    report.plot_grid(path, config.prompts, {"": pictures})
+    report.plot_grid(path, [row.prompt for row in rows], {"": pictures})
     print(path)
 
 
@@ -109,18 +107,15 @@ def resolve(method, given):
     A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
     """
     given = {name: os.path.expanduser(v) if isinstance(v, str) else v for name, v in given.items()}
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
     device = check_device(given.get("device") or ("cuda" if cuda else "cpu"))
     precision = given.get("precision") or default_precision(device)
-    if precision == "bf16" and device != "cpu" and default_precision(device) != "bf16":
-        raise ValueError("--precision bf16: this GPU does not have it; --precision fp16 works on "
-                         "any")
     why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
     why = "as asked" if given.get("model") else why
     print(f"model: {model}, {why}; on {device} in {precision}")
 
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     given |= {"model": model, "device": device, "precision": precision}
     own = {}
     for concept in read_concepts(given.get("concept", method.config.concept)):
@@ -135,13 +130,11 @@ def resolve(method, given):
 
 def check_device(device):
     """The device, or ValueError."""
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
-        raise ValueError(f"--device {device}: choose from cpu, cuda, cuda:N")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: there is no CUDA device; --device cpu works anywhere")
-    if number := device[5:]:
-        if int(number) >= (count := torch.cuda.device_count()):
-            raise ValueError(f"--device {device}: there are {count}, from cuda:0 on")
+    numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    there = ["cpu", "cuda", *numbered] if numbered else ["cpu"]
+    if device not in there:
+        raise ValueError(f"--device {device}: choose from {', '.join(there)}")
+    if device in numbered:
         torch.cuda.set_device(device)
     return device
 
@@ -169,9 +162,12 @@ def run_task(method, given):
     except ValueError as error:
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:
-        memory = torch.cuda.max_memory_reserved() / 2**30
-        status, message = 1, (f"out of GPU memory, {memory:.1f} GiB in use: smaller batches "
-                              "(flags with -batch), or --low-memory, need less")
+        status, message = 1, ("out of GPU memory: smaller batches (flags with -batch), or "
+                              "--low-memory, need less")
+    except RuntimeError as error:  # torch.compile's, where there is no C++ compiler
+        if not given.get("compile"):
+            raise
+        status, message = 1, f"--compile: {error}"
     except (ArithmeticError, OSError) as error:
         status, message = 1, error
     print(f"error: {' '.join(str(message).split())}", file=sys.stderr)

@@ -24,10 +24,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from ..files import write_atomically, write_json
-from ..lab.runs import resumable
+from ..lab.runs import progress, resumable
 from ..lab.settings import TOY as TOY_SETTINGS
 from ..schedule import Schedule
 from ..text_encoder import TextEncoder
@@ -80,7 +79,7 @@ def dataset(work, name):
     if not text_file.exists():
         rng = np.random.default_rng(seed)
         images, text = np.empty((n, 3, world.SIZE, world.SIZE), np.uint8), []
-        for i in tqdm(range(n), desc=f"drawing {name}"):
+        for i in progress(range(n), f"drawing {name}"):
             scene = (world.uncaptioned_scene if uncaptioned else world.random_scene)(rng)
             images[i] = world.draw(scene, rng, look).transpose(2, 0, 1)
             captions = 4 * [""] if uncaptioned else [world.caption(scene, rng) for _ in range(4)]
@@ -316,7 +315,7 @@ def train_classifier(out, work, device):
     images, labels = (torch.cat([s[i] for s in sets]) for i in (0, 1))
     torch.manual_seed(0)
     vae, decoded = load_part(out / "vae", "vae", device), []
-    for batch in tqdm(images[::8].split(64), desc="through the VAE"):
+    for batch in progress(images[::8].split(64), "through the VAE"):
         with torch.no_grad():
             z = vae.encode(2 * to_unit(batch, device) - 1)
             z = z + 0.4 * torch.rand(len(z), 1, 1, 1).to(device) * torch.randn(z.shape).to(device)
@@ -382,7 +381,7 @@ def denoising_loss(unet, out, work, device, look):
     with torch.no_grad():
         latents = torch.cat([
             vae.encode(2 * to_unit(batch, device) - 1)
-            for batch in tqdm(torch.cat([images, others]).split(64), desc=f"encoding {look}")])
+            for batch in progress(torch.cat([images, others]).split(64), f"encoding {look}")])
 
     def loss_of(generator, batch=48):
         u = torch.rand(batch, generator=generator)
