@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import advunlearn as au
-from sd_mini.lab import classifiers, evaluation, settings
+from sd_mini.lab import classifiers, evaluation, report, settings
 from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import Row, read_concepts
 from sd_mini.lab.settings import EvalAttack
@@ -141,6 +141,7 @@ def test_ruined_pictures_are_neither_clean_nor_kept(sd, made):
         [int(x) < 2 for x in now], [bool(x == y - 100) for x, y in zip(now, before)])
     figures, _ = evaluation.score(prompts, evaluation.draw_all(numbers, prompts, CONFIG))
     assert [figures[name]["rate"] for name in ("clean", "kept")] == [0.75, 0.5]
+    assert "erased: 75 % clean" in report.table({"original": figures, "erased": figures}, {})
 
 
 def test_the_inversion_learns_its_embedding_from_each_prompts_picture(sd, monkeypatch):

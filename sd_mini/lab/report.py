@@ -68,7 +68,14 @@ def table(results, attacks):
         n = found[0]["n"] if isinstance(found[0], dict) else ""
         if key != "minutes":
             rows.append([title, *map(text, found), n])
-    return aligned(rows, 24, *[20] * len(results), 6)
+    return aligned(rows, 24, *[20] * len(results), 6) + ruined(results)
+
+
+def ruined(results):
+    """A line for each model that draws too few pictures in place of the concept."""
+    shares = {name: result.get("clean") for name, result in results.items()}
+    return "".join(f"\n{name}: {text(share, interval=False)} % clean; the rest is ruined, not erased"
+                   for name, share in shares.items() if share and share["rate"] < 0.8)
 
 
 def rates_table(figures, attacks):
@@ -77,7 +84,7 @@ def rates_table(figures, attacks):
             if key not in ("minutes", "clip_score", "frechet")}
     rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
             for name, figure in figures.items()]
-    return aligned([["%", *keys.values()], *rows], 30, *[4] * len(keys))
+    return aligned([["%", *keys.values()], *rows], 30, *[4] * len(keys)) + ruined(figures)
 
 
 def markdown(figures, attacks, title, commits):
