@@ -15,19 +15,18 @@ from pathlib import Path
 
 import pytest
 
-from . import assignment
+from . import grading
+from .__main__ import make
 from .exercises import CHECKS, EXERCISES
+from .grading import ROOT
 
-ROOT = assignment.ROOT
 MUTANTS = {  # exercise -> what stands in the source, and what a student might write instead
     1: [("return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise", [
             "return alpha_bar * x_0 + (1 - alpha_bar) * noise",
-            "return (1 - alpha_bar).sqrt() * x_0 + alpha_bar.sqrt() * noise",
             "return alpha_bar.sqrt() * x_0 + (1 - alpha_bar) * noise"]),
         ("alpha_bar = self.alpha_bar_at(t, x_0)", ["alpha_bar = self.alpha_bar[t]"])],
     2: [("return squared_error(sd.predict_noise(x_t, t, context), noise)", [
             "return squared_error(sd.predict_noise(x_0, t, context), noise)",
-            "return squared_error(sd.predict_noise(x_t, t, context), x_0)",
             "return squared_error(sd.predict_noise(x_t, t, context), noise).mean()",
             "return squared_error(sd.predict_noise(x_t, t, context).detach(), noise)"])],
     3: [("return eps_empty + guidance * (eps_c - eps_empty)", [
@@ -87,12 +86,12 @@ WRONG = [(number, right, wrong) for number, lines in MUTANTS.items()
 
 def student_with(tmp_path, number, change):
     """The project's modules, with change(source, names) made in the files of one exercise."""
-    modules = dict(assignment.references())
+    modules = dict(grading.references())
     for file, names in EXERCISES[number].functions.items():
         path = tmp_path / Path(file).name
         source = (ROOT / file).read_text(encoding="utf-8")
         path.write_text(change(source, names), encoding="utf-8")
-        modules[file] = assignment.load_module(f"student_{path.stem}", path)
+        modules[file] = grading.load_module(f"student_{path.stem}", path)
     return modules
 
 
@@ -100,14 +99,14 @@ def student_with(tmp_path, number, change):
 def test_blanks_fail_their_own_exercise_and_only_that(number, sd, tmp_path):
     def change(source, names):
         for name in names:
-            source = assignment.blank(source, name, "Exercise")
+            source = grading.blank(source, name, "Exercise")
         return source
 
-    student, reference = student_with(tmp_path, number, change), assignment.references()
-    points = assignment.grade(number, student, reference, sd, seeds=(0,))
+    student, reference = student_with(tmp_path, number, change), grading.references()
+    points = grading.grade(number, student, reference, sd, seeds=(0,))
     assert points and all("NotImplementedError" in str(message) for message in points.values())
     for other in set(EXERCISES) - {number, 10}:  # 10 takes seconds, and has the reference's others
-        assert not any(assignment.grade(other, student, reference, sd, seeds=(0,)).values())
+        assert not any(grading.grade(other, student, reference, sd, seeds=(0,)).values())
 
 
 @pytest.mark.parametrize("number, right, wrong", WRONG)
@@ -116,7 +115,7 @@ def test_wrong_solutions_lose_points(number, right, wrong, sd, tmp_path):
 
     def change(source, names):
         """Once, inside the exercise's own functions."""
-        tree, lines = assignment.functions(ast.parse(source)), source.splitlines(keepends=True)
+        tree, lines = grading.functions(ast.parse(source)), source.splitlines(keepends=True)
         for name in names:
             start, end = tree[name].lineno - 1, tree[name].end_lineno
             body = "".join(lines[start:end])
@@ -128,20 +127,18 @@ def test_wrong_solutions_lose_points(number, right, wrong, sd, tmp_path):
     student = student_with(tmp_path, number, change)
     assert changed, f"not in exercise {number}: {right}"
     own = replace(sd, text_encoder=copy.deepcopy(sd.text_encoder))  # a wrong loop may train it
-    points = assignment.grade(number, student, assignment.references(), own, (0,), whole=False)
+    points = grading.grade(number, student, grading.references(), own, (0,), whole=False)
     assert any(points.values()), "a wrong solution got full marks"
 
 
-@pytest.mark.parametrize("number, name", [(9, "one_of"), (4, "erase_loss")])
-def test_a_renamed_function_costs_its_own_exercise_alone(number, name, sd, tmp_path):
+def test_a_renamed_function_costs_its_own_exercise_alone(sd, tmp_path):
     def change(source, names):
-        return source.replace(f"def {name}(", "def renamed(")
+        return source.replace("def erase_loss(", "def renamed(")
 
-    student, reference = student_with(tmp_path, number, change), assignment.references()
-    assert not any(assignment.grade(2, student, reference, sd, seeds=(0,)).values())
-    with pytest.raises(AttributeError, match=name):
-        assignment.grade(number, student, reference, sd, seeds=(0,))
-    assert not any(assignment.grade(2, student, reference, sd, seeds=(0,)).values())
+    student, reference = student_with(tmp_path, 4, change), grading.references()
+    with pytest.raises(AttributeError, match="erase_loss"):
+        grading.grade(4, student, reference, sd, seeds=(0,))
+    assert not any(grading.grade(2, student, reference, sd, seeds=(0,)).values())
 
 
 def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
@@ -150,8 +147,8 @@ def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
     shutil.copytree(ROOT, root, ignore=ignore)
     for path in (*root.rglob("*"), root):
         path.chmod(path.stat().st_mode & 0o555)
-    monkeypatch.setattr(assignment, "ROOT", root)
-    assignment.make(tmp_path / "homework", [2])
+    monkeypatch.setattr("tests.coursework.__main__.ROOT", root)
+    make(tmp_path / "homework", [2])
     copied = [tmp_path / "homework", *(tmp_path / "homework").rglob("*")]
     assert len(copied) > 50 and all(path.stat().st_mode & 0o200 for path in copied)
     for path in (root, *root.rglob("*")):
@@ -161,22 +158,21 @@ def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["homework", "tests/homework"])
 def test_a_copy_stands_outside_the_project(name, capsys):
     with pytest.raises(SystemExit):
-        assignment.make(ROOT / name)
+        make(ROOT / name)
     assert "is inside the project" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, optimize", [(["-O"], ""), ([], "1")])
-def test_nothing_is_graded_without_assertions(flags, optimize):
+def test_nothing_is_graded_without_assertions():
     done = subprocess.run(
-        [sys.executable, *flags, "-m", "pytest", "--exercise", "2"], cwd=ROOT, text=True,
-        capture_output=True, env={**os.environ, "PYTHONOPTIMIZE": optimize})
+        [sys.executable, "-m", "pytest", "--exercise", "2"], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONOPTIMIZE": "1"})
     assert done.returncode == 4 and "unset PYTHONOPTIMIZE" in done.stderr
 
 
 def test_blanking_keeps_signature_docstring_and_everything_else():
     source = (ROOT / "advunlearn.py").read_text()
-    out = assignment.blank(source, "project_simplex", 'Exercise 7: "..."')
-    before, after = (assignment.functions(ast.parse(text)) for text in (source, out))
+    out = grading.blank(source, "project_simplex", 'Exercise 7: "..."')
+    before, after = (grading.functions(ast.parse(text)) for text in (source, out))
     doc = ast.get_docstring(before["project_simplex"])
     assert doc == ast.get_docstring(after["project_simplex"])
     differ = [name for name in before if ast.dump(before[name]) != ast.dump(after[name])]
@@ -192,6 +188,7 @@ BY_HALF = """    x_t = sd.schedule.add_noise(x_0, noise, t)
 
 @pytest.mark.long
 def test_students_copy_is_graded_by_pytest(tmp_path):
+    """A wrong loss costs its own points; a file that is no Python, those of its own functions."""
     out = tmp_path / "homework"
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]")  # grade.json stays below
 
@@ -199,18 +196,24 @@ def test_students_copy_is_graded_by_pytest(tmp_path):
         command = [sys.executable, "-m", *arguments]
         return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
-    made = run("tests.assignment", "--out", str(out), "--only", "2,7", cwd=ROOT)
+    made = run("tests.coursework", "--out", str(out), "--only", "2,7", cwd=ROOT)
     assert made.returncode == 0, made.stderr
     source, handout = ((out / name).read_text() for name in ("advunlearn.py", "HANDOUT.md"))
     assert "Exercise 7: projection onto the simplex" in source
     assert "| 2 | noise-prediction loss |" in handout and (out / "tests/pictures").is_dir()
     assert BLANK in source
     (out / "advunlearn.py").write_text(source.replace(BLANK, BY_HALF))
-    graded = run("pytest", "-q", "--exercise", "2")
+    with open(out / "sd_mini/lab/prompts.py", "a") as file:
+        file.write("def one_of(words:\n")
+    graded = run("pytest", "-q", "-k", "exercise and (2- or 9-)")
     points = json.loads((out / "grade.json").read_text())["exercises"]
-    title = "noise-prediction loss"
-    assert points == {"2": {"title": title, "points": 1, "of": len(CHECKS[2])}}, graded.stdout
+    assert {n: (each["points"], each["of"]) for n, each in points.items()} == {
+        "2": (1, len(CHECKS[2])), "9": (len(CHECKS[9]) - 1, len(CHECKS[9]))}, graded.stdout
     assert graded.returncode == 1
-    assert f"Exercise 2   {title}            1/3" in graded.stdout
+    assert "Exercise 2   noise-prediction loss            1/3" in graded.stdout
     equation = "|| eps - eps_theta(x_t | c) ||^2, a mean over each picture's coordinates"
     assert f"{equation}: off by" in graded.stdout
+    assert "this file is no Python" in graded.stdout and "prompts.py, line" in graded.stdout
+    graded = run("pytest", "-q", "--exercise", "7")
+    assert list(json.loads((out / "grade.json").read_text())["exercises"]) == ["7"], graded.stdout
+    assert "Exercise 7" in graded.stdout and "0/3" in graded.stdout

@@ -1,0 +1,138 @@
+"""The project as coursework.
+
+    python -m tests.coursework --out ../homework              a student's copy, all exercises
+    python -m tests.coursework --out ../homework --only 2,5   some exercises
+
+In the copy the functions of the exercises are blank. A handout and the grader are there too.
+`pytest --exercise 3` grades one exercise, `pytest` all. Both print a table of scores and write
+grade.json. Two exercises are open. Their score is what the toy then does:
+`python -m tests.coursework --score 11`, or 12.
+"""
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from sd_mini.files import make_writable
+
+from .exercises import EXERCISES, FILES
+from .grading import ROOT, blank
+
+SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
+    11: (9, "a better attack",
+         "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the "
+         "same number of steps (`--eval-attack-steps`); hand in a sentence on why it does.",
+         ["--attack", "none", "--retain-weight", "0", "--train", "no_cross_attention",
+          "--lr", "1e-4"]),
+    12: (7, "a better retain set",
+         "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that "
+         "AdvUnlearn keeps more, styles included, and stays as robust.",
+         ["--retain-set", "mine"]),
+}
+SCORES = ("pre_attack_asr", "token_asr", "embedding_asr", "utility", "neighbours", "styles")
+HANDOUT = """\
+# AdvUnlearn: exercises
+
+Replace each `raise NotImplementedError` by the body that signature and docstring ask for. The
+equations are in `TUTORIAL.md`. `pytest --exercise 3` grades one exercise, `pytest` all of them.
+Each is graded by itself: a wrong one costs no points in the others. You can choose the seeds,
+`pytest --grade-seed 7`: a copied constant does not pass.
+
+    pip install -r requirements.txt
+    pytest --exercise 1
+
+| exercise | what | where | TUTORIAL.md |
+| --- | --- | --- | --- |
+{rows}
+
+The open exercises are scored by what the toy then does. A score takes a few minutes on a laptop:
+`python -m tests.coursework --score 11`.
+"""
+
+
+# --- the student's copy
+
+def make(out, only=()):
+    """Write the student's copy to a new folder."""
+    within = ROOT in out.resolve().parents  # pytest would find two of each test
+    if out.exists() or within:
+        why = "is inside the project; choose a folder beside it" if within else "is there already"
+        print(f"error: --out {out}: {why}", file=sys.stderr)
+        sys.exit(2)
+    chosen = {number: exercise for number, exercise in EXERCISES.items()
+              if not only or number in only}
+    # Lists of wrong versions hold the right lines too.
+    solved = ("mutants.py", "test_behaviour.py", "test_differences.py", "test_assignment.py")
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip", *solved)
+    for name in ("sd_mini", "prompts", "tests"):
+        shutil.copytree(ROOT / name, out / name, ignore=ignore)
+    for name in ("advunlearn.py", "requirements.txt", "README.md", "TUTORIAL.md", "LICENSE",
+                 ".gitignore"):
+        shutil.copy(ROOT / name, out / name)
+    make_writable(out)
+    with zipfile.ZipFile(out / "tests/coursework/reference.zip", "w") as solutions:
+        for file in FILES:
+            solutions.write(ROOT / file, f"reference_{Path(file).name}")
+    for number, exercise in chosen.items():
+        for file, names in exercise.functions.items():
+            source = (out / file).read_text(encoding="utf-8")
+            for name in names:
+                message = (f"Exercise {number}: {exercise.title}, {name}; see TUTORIAL.md, section "
+                           f"{exercise.section}")
+                source = blank(source, name, message)
+            (out / file).write_text(source, encoding="utf-8")
+    (out / "HANDOUT.md").write_text(handout(chosen), encoding="utf-8")
+
+
+def handout(chosen):
+    """The text of HANDOUT.md: how to work, and a table of the exercises."""
+    rows = []
+    for n, e in chosen.items():
+        where = "; ".join(f"{', '.join(f'`{name}`' for name in names)} in `{file}`"
+                          for file, names in e.functions.items())
+        rows.append(f"| {n} | {e.title} | {where} | section {e.section} |")
+    for n, (section, title, task, _) in SCORED.items():
+        rows.append(f"| {n} | {title} (open) | {task} | section {section} |")
+    return HANDOUT.format(rows="\n".join(rows))
+
+
+def score(number):
+    """Run an open exercise in this folder, and print the figures that count."""
+    *_, flags = SCORED[number]
+    out = ROOT / f"runs/exercise-{number}"
+    command = [sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite",
+               "--out", str(out)]
+    run = subprocess.run(command, cwd=ROOT)
+    if run.returncode:
+        sys.exit("error: that run failed, see above; the blanks of exercises 1 to 10 must be "
+                 "filled before an open one is scored")
+    figures = json.loads((out / "results.json").read_text())["results"]["erased"]
+    rates = [f"{name} {100 * figures[name]['rate']:.0f} %" for name in SCORES]
+    print(f"Exercise {number}  " + ", ".join(rates))
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=os.path.expanduser, help="folder for the student's copy")
+    parser.add_argument("--only", default="", help="exercises, with commas")
+    parser.add_argument("--score", type=int, choices=list(SCORED), help="run an open exercise")
+    args = parser.parse_args()
+    if args.score:
+        return score(args.score)
+    if not args.out:
+        parser.error("give --out or --score")
+    only = [int(number) for number in args.only.split(",") if number]
+    if unknown := set(only) - set(EXERCISES):
+        parser.error(f"--only: there is no exercise {min(unknown)}")
+    make(Path(args.out), only)
+    sys.stdout.reconfigure(errors="backslashreplace")
+    print(f"{args.out}: HANDOUT.md says the rest")
+
+
+if __name__ == "__main__":
+    main()
