@@ -10,10 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in two processes
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from .coursework import grading  # noqa: E402
+from .coursework import assignment  # noqa: E402
 from .coursework.exercises import CHECKS, EXERCISES  # noqa: E402
 
-grading.stand_in()  # before a student's files are imported
+assignment.stand_in()  # before a student's files are imported
 import sd_mini  # noqa: E402
 
 
@@ -112,7 +112,7 @@ def pytest_addoption(parser):
 
 
 def grades(config):
-    return config.getoption("--exercise") or grading.REFERENCE.is_file()
+    return config.getoption("--exercise") or assignment.REFERENCE.is_file()
 
 
 def pytest_configure(config):
@@ -157,4 +157,4 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(f"Exercise {number:<3} {exercise.title:<32} {score}")
             scores[number] = {"title": exercise.title, "points": sum(points), "of": len(points)}
     grade = {"seed": config.getoption("--grade-seed"), "exercises": scores}
-    (grading.ROOT / "grade.json").write_text(json.dumps(grade, indent=2) + "\n")
+    (assignment.ROOT / "grade.json").write_text(json.dumps(grade, indent=2) + "\n")

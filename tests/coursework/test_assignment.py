@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from . import grading
-from .__main__ import make
+from . import assignment
 from .exercises import CHECKS, EXERCISES
-from .grading import ROOT
 
+ROOT = assignment.ROOT
 MUTANTS = {  # exercise -> what stands in the source, and what a student might write instead
     1: [("return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise", [
             "return alpha_bar * x_0 + (1 - alpha_bar) * noise",
@@ -86,12 +85,12 @@ WRONG = [(number, right, wrong) for number, lines in MUTANTS.items()
 
 def student_with(tmp_path, number, change):
     """The project's modules, with change(source, names) made in the files of one exercise."""
-    modules = dict(grading.references())
+    modules = dict(assignment.references())
     for file, names in EXERCISES[number].functions.items():
         path = tmp_path / Path(file).name
         source = (ROOT / file).read_text(encoding="utf-8")
         path.write_text(change(source, names), encoding="utf-8")
-        modules[file] = grading.load_module(f"student_{path.stem}", path)
+        modules[file] = assignment.load_module(f"student_{path.stem}", path)
     return modules
 
 
@@ -99,14 +98,14 @@ def student_with(tmp_path, number, change):
 def test_blanks_fail_their_own_exercise_and_only_that(number, sd, tmp_path):
     def change(source, names):
         for name in names:
-            source = grading.blank(source, name, "Exercise")
+            source = assignment.blank(source, name, "Exercise")
         return source
 
-    student, reference = student_with(tmp_path, number, change), grading.references()
-    points = grading.grade(number, student, reference, sd, seeds=(0,))
+    student, reference = student_with(tmp_path, number, change), assignment.references()
+    points = assignment.grade(number, student, reference, sd, seeds=(0,))
     assert points and all("NotImplementedError" in str(message) for message in points.values())
     for other in set(EXERCISES) - {number, 10}:  # 10 takes seconds, and has the reference's others
-        assert not any(grading.grade(other, student, reference, sd, seeds=(0,)).values())
+        assert not any(assignment.grade(other, student, reference, sd, seeds=(0,)).values())
 
 
 @pytest.mark.parametrize("number, right, wrong", WRONG)
@@ -115,7 +114,7 @@ def test_wrong_solutions_lose_points(number, right, wrong, sd, tmp_path):
 
     def change(source, names):
         """Once, inside the exercise's own functions."""
-        tree, lines = grading.functions(ast.parse(source)), source.splitlines(keepends=True)
+        tree, lines = assignment.functions(ast.parse(source)), source.splitlines(keepends=True)
         for name in names:
             start, end = tree[name].lineno - 1, tree[name].end_lineno
             body = "".join(lines[start:end])
@@ -127,7 +126,7 @@ def test_wrong_solutions_lose_points(number, right, wrong, sd, tmp_path):
     student = student_with(tmp_path, number, change)
     assert changed, f"not in exercise {number}: {right}"
     own = replace(sd, text_encoder=copy.deepcopy(sd.text_encoder))  # a wrong loop may train it
-    points = grading.grade(number, student, grading.references(), own, (0,), whole=False)
+    points = assignment.grade(number, student, assignment.references(), own, (0,), whole=False)
     assert any(points.values()), "a wrong solution got full marks"
 
 
@@ -135,10 +134,10 @@ def test_a_renamed_function_costs_its_own_exercise_alone(sd, tmp_path):
     def change(source, names):
         return source.replace("def erase_loss(", "def renamed(")
 
-    student, reference = student_with(tmp_path, 4, change), grading.references()
+    student, reference = student_with(tmp_path, 4, change), assignment.references()
     with pytest.raises(AttributeError, match="erase_loss"):
-        grading.grade(4, student, reference, sd, seeds=(0,))
-    assert not any(grading.grade(2, student, reference, sd, seeds=(0,)).values())
+        assignment.grade(4, student, reference, sd, seeds=(0,))
+    assert not any(assignment.grade(2, student, reference, sd, seeds=(0,)).values())
 
 
 def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
@@ -147,8 +146,8 @@ def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
     shutil.copytree(ROOT, root, ignore=ignore)
     for path in (*root.rglob("*"), root):
         path.chmod(path.stat().st_mode & 0o555)
-    monkeypatch.setattr("tests.coursework.__main__.ROOT", root)
-    make(tmp_path / "homework", [2])
+    monkeypatch.setattr(assignment, "ROOT", root)
+    assignment.make(tmp_path / "homework", [2])
     copied = [tmp_path / "homework", *(tmp_path / "homework").rglob("*")]
     assert len(copied) > 50 and all(path.stat().st_mode & 0o200 for path in copied)
     for path in (root, *root.rglob("*")):
@@ -158,7 +157,7 @@ def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["homework", "tests/homework"])
 def test_a_copy_stands_outside_the_project(name, capsys):
     with pytest.raises(SystemExit):
-        make(ROOT / name)
+        assignment.make(ROOT / name)
     assert "is inside the project" in capsys.readouterr().err
 
 
@@ -171,8 +170,8 @@ def test_nothing_is_graded_without_assertions():
 
 def test_blanking_keeps_signature_docstring_and_everything_else():
     source = (ROOT / "advunlearn.py").read_text()
-    out = grading.blank(source, "project_simplex", 'Exercise 7: "..."')
-    before, after = (grading.functions(ast.parse(text)) for text in (source, out))
+    out = assignment.blank(source, "project_simplex", 'Exercise 7: "..."')
+    before, after = (assignment.functions(ast.parse(text)) for text in (source, out))
     doc = ast.get_docstring(before["project_simplex"])
     assert doc == ast.get_docstring(after["project_simplex"])
     differ = [name for name in before if ast.dump(before[name]) != ast.dump(after[name])]
