@@ -342,9 +342,9 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
 
 
 def node(test):
-    name, _, function = test.partition("::")
-    room, _, name = name.rpartition("/")
-    return f"tests/{room}/test_{name}.py" + (f"::{function}" if function else "")
+    file, _, function = test.partition("::")
+    room, _, name = file.rpartition("/")
+    return str(Path("tests", room, f"test_{name}.py")) + (f"::{function}" if function else "")
 
 
 def caught(folder, file, text, wrong, test):
