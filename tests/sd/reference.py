@@ -28,10 +28,10 @@ V1 = {
         max_position_embeddings=24, hidden_act="quick_gelu"),
     "unet": dict(
         _class_name="UNet2DConditionModel", sample_size=8, in_channels=4, out_channels=4,
-        layers_per_block=2, block_out_channels=[32, 32, 64, 64], norm_num_groups=8,
+        layers_per_block=1, block_out_channels=[32, 32, 64, 64], norm_num_groups=8,
         cross_attention_dim=32, attention_head_dim=8),
     "vae": dict(
-        _class_name="AutoencoderKL", block_out_channels=[16, 16, 32, 32], layers_per_block=2,
+        _class_name="AutoencoderKL", block_out_channels=[16, 16, 32, 32], layers_per_block=1,
         latent_channels=4, norm_num_groups=8, down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4),
 }

@@ -38,8 +38,9 @@ def norms(network):
 
 @pytest.mark.parametrize("config", [
     V1["unet"], V2["unet"], TOYS_UNET,
-    dict(V1["unet"], norm_eps=0.01, norm_num_groups=16, in_channels=5, out_channels=3),
-    dict(V1["unet"], attention_head_dim=[1, 2, 4, 8], layers_per_block=1, cross_attention_dim=8),
+    dict(V1["unet"], norm_eps=0.01, norm_num_groups=16, in_channels=5, out_channels=3,
+         layers_per_block=2),
+    dict(V1["unet"], attention_head_dim=[1, 2, 4, 8], cross_attention_dim=8),
 ], ids=["1.x", "2.x", "toy", "norms and channels", "heads and context"])
 def test_unet(config, generator):
     ours, theirs = pair("unet", config)
@@ -61,7 +62,7 @@ def test_text_encoder(changes):
 
 
 @pytest.mark.parametrize("changes", [
-    {}, dict(layers_per_block=1, scaling_factor=0.5, norm_num_groups=16, latent_channels=3)])
+    {}, dict(layers_per_block=2, scaling_factor=0.5, norm_num_groups=16, latent_channels=3)])
 def test_vae(changes, generator):
     ours, theirs = pair("vae", {**V1["vae"], **changes})
     scale = theirs.config.scaling_factor

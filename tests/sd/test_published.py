@@ -32,19 +32,18 @@ def of_2022(tensors):
 ])
 def test_names_of_any_year(v1, folder, part, change):
     rewrite(folder / WEIGHTS[part], change)
-    assert_same(sd_mini.load(folder), v1)
+    assert_same(sd_mini.load_part(folder / part, part), getattr(v1, part))
 
 
 def test_half_precision_files_count_where_there_are_no_others(v1, folder):
-    for path in list(folder.rglob("*.safetensors")):
+    for part in PARTS:
+        path, network = folder / WEIGHTS[part], getattr(v1, part)
         tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
         save_file(tensors, path.with_suffix(".fp16.safetensors"))
-    assert_same(sd_mini.load(folder), v1)
-    for path in folder.glob("*/*model.safetensors"):
+        assert_same(sd_mini.load_part(folder / part, part), network)
         path.unlink()
-    sd = sd_mini.load(folder)
-    for part in PARTS:
-        assert_same(getattr(sd, part), copy.deepcopy(getattr(v1, part)).half().float())
+        rounded = copy.deepcopy(network).half().float()
+        assert_same(sd_mini.load_part(folder / part, part), rounded)
 
 
 def test_sharded_files(v1, folder):
@@ -54,14 +53,14 @@ def test_sharded_files(v1, folder):
     shutil.rmtree(folder / "unet")
     unet.save_pretrained(folder / "unet", max_shard_size="200KB")
     assert len(list((folder / "unet").glob("*.safetensors"))) > 1
-    assert_same(sd_mini.load(folder), v1)
+    assert_same(sd_mini.load_part(folder / "unet", "unet"), v1.unet)
 
 
 # --- the hub, offline
 
 def test_hub_id_from_the_cache(v1, hub):
+    assert_same(sd_mini.load(hub), v1)
     for source in (hub, f"{hub}@main", f"{hub}@{40 * '0'}"):
-        assert_same(sd_mini.load(source), v1)
         assert_same(sd_mini.load_text_encoder(source), v1.text_encoder)
         assert_same(sd_mini.load_text_encoder(f"{source}:church_unlearned"), v1.text_encoder)
 
@@ -109,7 +108,6 @@ def test_a_folder_comes_before_the_hub_and_before_the_toy(v1, hub, tmp_path, mon
     """A relative folder is named as a hub id is; a Path says what a word does not."""
     for name in ("C:me@host", "someone/tiny@main:church"):
         folder = shutil.copytree(v1.folder, tmp_path / name)
-        assert_same(sd_mini.load(folder), v1)
         assert_same(sd_mini.load_text_encoder(str(folder)), v1.text_encoder)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TOY, "someone/tiny")

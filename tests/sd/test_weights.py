@@ -202,7 +202,8 @@ def test_a_tokenizer_of_another_kind_is_refused(folder, model, config):
 
 def test_pickles_are_refused_and_only_files_are_pickles(v1, tmp_path):
     for name in ("model.pt", "fine.tuned.ckpt"):
-        assert_same(sd_mini.load(shutil.copytree(v1.folder, tmp_path / name)), v1)
+        folder = shutil.copytree(v1.folder, tmp_path / name)
+        assert_same(sd_mini.load_text_encoder(folder), v1.text_encoder)
     for name in ("file.pt", "file.ckpt", "file.bin", "absent.pth"):
         line = refusal(sd_mini.load, tmp_path / name)
         assert f"{name}: a pickle, which can run code" in line
