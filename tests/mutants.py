@@ -305,31 +305,31 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("schedule: beta is linear, not the square of a line", S,
      "torch.linspace(lo**0.5, hi**0.5, steps, dtype=torch.float32) ** 2",
      "torch.linspace(lo, hi, steps, dtype=torch.float32)",
-     "sd_mini::test_alpha_bar_is_the_running_product"),
+     "sd/schedule::test_alpha_bar_is_the_running_product"),
     ("schedule: noise without its square root", S, "(1 - alpha_bar).sqrt() * noise",
-     "(1 - alpha_bar) * noise", "sd_mini::test_add_noise_keeps_the_variance"),
+     "(1 - alpha_bar) * noise", "sd/schedule::test_each_row_has_the_noise_of_its_own_t"),
     ("schedule: DDIM keeps the noise of t", S, "prev.sqrt() * x_0 + (1 - prev).sqrt() * eps",
      "prev.sqrt() * x_0 + (1 - now).sqrt() * eps",
-     "sd_mini::test_ddim_step_with_the_true_noise_moves_along_the_forward_process"),
+     "sd/schedule::test_ddim_step_with_the_true_noise_moves_along_the_forward_process"),
     ("schedule: ends at alpha_bar 1", S,
      'torch.ones(1) if config["set_alpha_to_one"] else self.alpha_bar[:1]',
-     "torch.ones(1)", "sd_mini::test_the_last_step_ends_at_alpha_bar_0"),
+     "torch.ones(1)", "sd/schedule::test_below_0_is_the_clean_picture"),
     ("schedule: time steps without their offset", S,
      "[i * (total // steps) + offset for i", "[i * (total // steps) for i",
-     "sd_mini::test_timesteps_are_those_of_stable_diffusion"),
+     "sd/schedule::test_timesteps_are_those_of_stable_diffusion"),
     ("schedule: v is taken with the wrong sign", S,
      "alpha_bar.sqrt() * v + (1 - alpha_bar)", "alpha_bar.sqrt() * -v + (1 - alpha_bar)",
-     "sd_mini::test_v_to_eps_inverts_the_definition_of_v"),
+     "sd/schedule::test_each_row_has_the_noise_of_its_own_t"),
     ("guidance: from the concept instead of the empty prompt", S,
      "return eps_empty + guidance * (eps_c - eps_empty)",
      "return eps_c + guidance * (eps_c - eps_empty)",
-     "sd_mini::test_guidance_one_is_the_conditional_model"),
+     "sd/pipeline::test_each_step_is_a_guided_ddim_step"),
     ("pipeline: eps_c and eps_empty are swapped", D,
      "both = torch.cat([context, self.encode_prompt([\"\"]).expand_as(context)])",
      "both = torch.cat([self.encode_prompt([\"\"]).expand_as(context), context])",
      "run::test_bank_holds_what_the_frozen_model_predicts"),
     ("pipeline: pictures are not brought to [0, 1]", D, "(self.vae.decode(z) / 2 + 0.5)",
-     "self.vae.decode(z)", "sd_mini::test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1"),
+     "self.vae.decode(z)", "sd/pipeline::test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1"),
     # --- half precision and CUDA graphs
     ("inner attack: reads its loss at each step", A, "        losses = loss_of(delta, step)\n",
      "        losses = loss_of(delta, step)\n        losses.sum().item()\n",
@@ -341,8 +341,9 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
 
 
 def node(test):
-    name, _, function = test.partition("::")
-    return f"tests/test_{name}.py" + (f"::{function}" if function else "")
+    file, _, function = test.partition("::")
+    room, _, name = file.rpartition("/")
+    return str(Path("tests", room, f"test_{name}.py")) + (f"::{function}" if function else "")
 
 
 def caught(folder, file, text, wrong, test):

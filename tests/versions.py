@@ -3,8 +3,8 @@
     python tests/versions.py                 both ends
     python tests/versions.py 4.45.0          one of them; further words go to pytest
 
-What is erased under one version can be opened under the other. `tests/test_published.py` saves and
-opens with the version that is installed. The files are the same bytes: this script checks it last.
+What is erased under one version can be opened under the other. `tests/sd` saves and opens with
+the version that is installed. The files are the same bytes: this script checks it last.
 """
 import hashlib
 import os

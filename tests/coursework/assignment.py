@@ -1,12 +1,12 @@
 """The project as coursework.
 
-    python -m tests.assignment --out ../homework              a student's copy, all exercises
-    python -m tests.assignment --out ../homework --only 2,5   some exercises
+    python -m tests.coursework --out ../homework              a student's copy, all exercises
+    python -m tests.coursework --out ../homework --only 2,5   some exercises
 
 In the copy the functions of the exercises are blank. A handout and the grader are there too.
 `pytest --exercise 3` grades one exercise, `pytest` all. Both print a table of scores and write
 grade.json. Two exercises are open. Their score is what the toy then does:
-`python -m tests.assignment --score 11`, or 12.
+`python -m tests.coursework --score 11`, or 12.
 """
 import argparse
 import ast
@@ -19,17 +19,16 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 
-from sd_mini.files import make_writable
-from sd_mini.lab.settings import TOY
-
+# Nothing of the project is imported here: a student's file may be no Python.
 from .exercises import CHECKS, EXERCISES, FILES
 
-ROOT = Path(__file__).parents[1]
-REFERENCE = Path(__file__).with_name("reference.zip")  # in a student's copy: the solutions
+ROOT = Path(__file__).parents[2]
+REFERENCE = Path(__file__).parents[1] / "reference.zip"  # in a student's copy: the solutions
 SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
     11: (
         9,
@@ -64,7 +63,7 @@ Each is graded by itself: a wrong one costs no points in the others. You can cho
 {rows}
 
 The open exercises are scored by what the toy then does. A score takes a few minutes on a laptop:
-`python -m tests.assignment --score 11`.
+`python -m tests.coursework --score 11`.
 """
 
 
@@ -96,6 +95,8 @@ def blank(source, name, message):
 
 def make(out, only=()):
     """Write the student's copy to a new folder."""
+    from sd_mini.files import make_writable
+
     within = ROOT in out.resolve().parents  # pytest would find two of each test
     if out.exists() or within:
         why = "is inside the project; choose a folder beside it" if within else "is there already"
@@ -161,6 +162,42 @@ def score(number):
 
 # --- grading
 
+def module_name(file):
+    return file.removesuffix(".py").replace("/", ".")
+
+
+class StandIn(SourceFileLoader):
+    """Imports a file as if another source stood in it."""
+
+    def __init__(self, file, source):
+        super().__init__(module_name(file), str(ROOT / file))
+        self.source = source
+
+    def find_spec(self, name, path=None, target=None):
+        if name == self.name:
+            return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+    def get_code(self, name):
+        return self.source_to_code(self.source, self.path)
+
+
+def stand_in():
+    """In a student's copy: what is no Python is imported with all its exercises blank.
+
+    Files import each other. So one that is broken would cost the points of all.
+    """
+    for file in FILES if REFERENCE.is_file() else ():
+        try:
+            ast.parse((ROOT / file).read_bytes(), file)
+        except SyntaxError as error:
+            with zipfile.ZipFile(REFERENCE) as solutions:
+                source = solutions.read(f"reference_{Path(file).name}").decode()
+            for exercise in EXERCISES.values():
+                for name in exercise.functions.get(file, ()):
+                    source = blank(source, name, f"this file is no Python: {error}")
+            sys.meta_path.insert(0, StandIn(file, source))
+
+
 def load_module(name, path):
     """A file as a module of that name. A module of the file's own name is left as it is."""
     spec = importlib.util.spec_from_file_location(name, path)
@@ -171,8 +208,7 @@ def load_module(name, path):
 
 def students():
     """{file: module} of this folder."""
-    return {file: importlib.import_module(file.removesuffix(".py").replace("/", "."))
-            for file in FILES}
+    return {file: importlib.import_module(module_name(file)) for file in FILES}
 
 
 def references():
@@ -202,6 +238,8 @@ class Solution:
 
     def small(self, **changes):
         """A config for the toy, with few and small steps."""
+        from sd_mini.lab.settings import TOY
+
         return self.Config(**{**TOY, **self.TOY, "model": "toy", "device": "cpu", "attack_steps": 2,
                               "trajectories": 4, "trajectory_steps": 4, "erase_batch": 4,
                               "retain_batch": 2, **changes})
@@ -262,7 +300,3 @@ def main():
     make(Path(args.out), only)
     sys.stdout.reconfigure(errors="backslashreplace")
     print(f"{args.out}: HANDOUT.md says the rest")
-
-
-if __name__ == "__main__":
-    main()

@@ -220,17 +220,8 @@ def retain_loss_is_zero_at_the_original(s, seed):
 
 @check(9)
 def retain_set_loses_the_concept_as_whole_words(s, seed):
-    prompts = [
-        "a photo of a Church",
-        "a churchill",
-        "a garbage truck",
-        "a truck",
-        "the letter c",
-        "chapels, at night",
-        "three buses and C++",
-        "three buses",
-        "C++, in chalk",
-    ]
+    prompts = ["a photo of a Church", "a churchill", "a garbage truck", "a truck", "the letter c",
+               "chapels, at night", "three buses and C++", "three buses", "C++, in chalk"]
     to_keep = ["a churchill", "a truck", "the letter c"]
     to_drop = [prompt for prompt in prompts if prompt not in to_keep]
     words = ("church", "chapel", "garbage truck", "bus", "C++")
@@ -244,10 +235,7 @@ def retain_set_loses_the_concept_as_whole_words(s, seed):
 
 @check(5)
 def prefix_stands_behind_the_start(s, seed):
-    ids = torch.tensor([
-        [100, 1, 2, 3, 101, 101, 101, 101],
-        [100, 4, 101, 101, 101, 101, 101, 101],
-    ])
+    ids = torch.tensor([[100, 1, 2, 3] + [101] * 4, [100, 4] + [101] * 6])
     k = 1 + seed % 3
     out = s.insert_prefix(ids, torch.full((2, k), 7))
     assert out.shape == ids.shape, f"shape {tuple(out.shape)}: the length must stay {ids.shape[1]}"

@@ -1,0 +1,3 @@
+from .assignment import main
+
+main()

@@ -1,0 +1,157 @@
+"""Configs: every key is honoured, changes nothing, or is refused by name."""
+import inspect
+import json
+import shutil
+
+import pytest
+from transformers import CLIPTextConfig, CLIPTokenizer
+
+import sd_mini
+from sd_mini import configs
+
+from .reference import PLACES, SCHEDULER, assert_same_picture, change, opened, refusal
+
+# What earlier versions of transformers may write into any config besides.
+FORMER_KEYS = """
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size num_return_sequences output_scores return_dict_in_generate
+    remove_invalid_values return_dict output_hidden_states output_attentions torchscript
+    use_bfloat16 tf_legacy_loss tie_word_embeddings chunk_size_feed_forward is_encoder_decoder
+    is_decoder add_cross_attention tie_encoder_decoder id2label label2id _attn_implementation
+    torch_dtype dropout initializer_range projection_dim architectures transformers_version"""
+SCHEDULERS = [f"{name}Scheduler" for name in """
+    DDIM DDPM PNDM LMSDiscrete EulerDiscrete EulerAncestralDiscrete DPMSolverMultistep
+    DPMSolverSinglestep UniPCMultistep DEISMultistep HeunDiscrete KDPM2Discrete
+    KDPM2AncestralDiscrete""".split()]
+
+
+def signature(name):
+    """{key: default} of a class of diffusers."""
+    cls = getattr(pytest.importorskip("diffusers"), name)
+    return {key: p.default for key, p in inspect.signature(cls).parameters.items()
+            if p.kind is p.POSITIONAL_OR_KEYWORD}
+
+
+def reference_config(name):
+    """(part, config with every key of a class of the reference, at its default)"""
+    if name == "CLIPText":
+        return "text_encoder", CLIPTextConfig().to_dict()
+    if name == "CLIPText of former years":
+        return "text_encoder", dict.fromkeys(FORMER_KEYS.split(), 1)
+    if name == "AutoencoderKL":
+        return "vae", signature(name)
+    if name == "UNet2DConditionModel":
+        return "unet", {**signature(name), "sample_size": 64}
+    return "scheduler", {**signature(name), "clip_sample": False}
+
+
+@pytest.mark.parametrize("name", [
+    "CLIPText", "CLIPText of former years", "AutoencoderKL", "UNet2DConditionModel", *SCHEDULERS])
+def test_every_key_of_the_reference_is_known(name):
+    """With its default it opens. With another value it opens where the value counts or changes
+    nothing. Else the line names both.
+    """
+    part, config = reference_config(name)
+    configs.complete(part, config)
+    free = configs.HONOURED[part].keys() | configs.NO_EFFECT[part]
+    for key in config.keys() - free:
+        if not key.startswith("_"):
+            line = refusal(configs.complete, part, {**config, key: "other"})
+            assert line.startswith(f'{key} "other": '), line
+
+
+@pytest.mark.parametrize("name", [
+    "CLIPText", "AutoencoderKL", "UNet2DConditionModel", "DDIMScheduler"])
+def test_absent_keys_have_the_defaults_of_the_reference(name):
+    part, reference = reference_config(name)
+    needed = {"sample_size": 64} if part == "unet" else {}
+    full = configs.complete(part, needed)
+    assert len(full) >= 8 and {key: reference[key] for key in full} == full
+
+
+@pytest.mark.parametrize("part, key, value", [
+    ("scheduler", "rescale_betas_zero_snr", True),
+    ("scheduler", "trained_betas", [0.1] * 1000),
+    ("scheduler", "prediction_type", "sample"),
+    ("scheduler", "beta_schedule", "squaredcos_cap_v2"),
+    ("scheduler", "beta_start", "0.00085"),  # not a number
+    ("scheduler", "beta_end", 1.0),  # alpha_bar would be 0
+    ("scheduler", "num_train_timesteps", 0),
+    ("scheduler", "a_key_of_2027", 1),
+    ("unet", "flip_sin_to_cos", False),
+    ("unet", "freq_shift", 1),
+    ("unet", "act_fn", None),
+    ("unet", "class_embed_type", "timestep"),
+    ("unet", "attention_head_dim", [2, 4, 8]),  # of four levels
+    ("unet", "attention_head_dim", 7),  # no divisor
+    ("unet", "down_block_types", ["DownBlock2D"] * 3),
+    ("unet", "up_block_types", ["AttnUpBlock2D"] * 4),
+    ("unet", "norm_num_groups", 5),
+    ("unet", "sample_size", 12),
+    ("unet", "sample_size", [8, 8]),
+    ("unet", "sample_size", None),
+    ("unet", "cross_attention_dim", [32, 32, 64, 64]),
+    ("vae", "mid_block_add_attention", False),
+    ("vae", "scaling_factor", 0),
+    ("vae", "block_out_channels", []),
+    ("vae", "in_channels", 4),
+    ("text_encoder", "hidden_act", "gelu_new"),
+    ("text_encoder", "num_attention_heads", 5),
+    ("text_encoder", "num_hidden_layers", "12"),
+    ("text_encoder", "quantization_config", {"load_in_8bit": True}),
+    # parts of different models
+    ("unet", "cross_attention_dim", 48),
+    ("unet", "in_channels", 9),
+    ("unet", "out_channels", 8),
+])
+def test_a_value_that_is_not_computed_here_or_does_not_fit_is_refused_by_name(
+        folder, part, key, value):
+    change(folder, part, **{key: value})
+    for path in folder.rglob("*.safetensors"):
+        path.write_bytes(b"")  # it is said before any weights are read
+    line = refusal(sd_mini.load, folder)
+    assert line.startswith(f"{folder / PLACES[part]}: {key} {json.dumps(value)[:50]}"), line
+
+
+def test_what_the_unet_and_the_tokenizer_must_fit_is_named(folder):
+    change(folder, "vae", latent_channels=16)
+    assert "in_channels 4: the VAE's latent_channels is 16" in refusal(sd_mini.load, folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer.add_tokens(["<sks>", "<style>"])
+    shutil.rmtree(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    line = refusal(sd_mini.load, folder)
+    assert "vocab_size 710" in line and "the tokenizer beside it has 712 tokens" in line
+
+
+def test_a_config_without_keys_is_refused(folder):
+    for place in (*PLACES.values(), "model_index.json"):
+        content = (folder / place).read_text()
+        (folder / place).write_text("[]")
+        assert str(folder) in refusal(sd_mini.load, folder)
+        (folder / place).write_text(content)
+
+
+def test_old_configs_are_corrected_as_the_reference_corrects_them(folder):
+    """Without an offset of the steps, with clipping; with the latent size of 2022."""
+    change(folder, "scheduler", steps_offset=..., clip_sample=True)
+    assert_same_picture(sd_mini.load(folder), opened(folder))
+    for version, size in (("0.2.2", 64), ("0.8.1", 64), ("0.9.0", 32), ("0.10.2", 32)):
+        change(folder, "unet", _diffusers_version=version, sample_size=32)
+        assert sd_mini.load(folder).latent_shape == (4, size, size)
+    assert opened(folder).unet.config.sample_size == 32  # of 0.10.2
+    change(folder, "unet", _diffusers_version="0.8.1")
+    assert opened(folder).unet.config.sample_size == 64
+
+
+def test_a_model_saved_with_another_sampler_draws_as_the_reference_with_ddim(folder):
+    """Its config holds the sampler's own keys and its default spacing, linspace."""
+    euler = pytest.importorskip("diffusers").EulerDiscreteScheduler
+    euler.from_config(SCHEDULER).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EulerDiscreteScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    sd, reference = sd_mini.load(folder), opened(folder)
+    assert reference.scheduler.config.timestep_spacing == "linspace"
+    assert_same_picture(sd, reference)

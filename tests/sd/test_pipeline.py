@@ -1,0 +1,83 @@
+"""From prompt to picture, on the toy: each row has its own prompt, seed, guidance and t."""
+import copy
+import inspect
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sd_mini.schedule import Schedule
+
+from .reference import V2, close
+
+PROMPTS = ["a boat", "a red house", "a tree in the snow"]
+SEEDS, GUIDANCE = [1, 7, 2], [1.0, 4.0, 7.5]
+
+
+def test_a_picture_depends_on_its_own_prompt_seed_and_guidance_alone(sd):
+    pictures = sd.sample(PROMPTS, SEEDS, 3, GUIDANCE)
+    assert pictures.shape == (3, 3, 64, 64) and 0 <= pictures.min() and pictures.max() <= 1
+    rows = list(zip(PROMPTS, SEEDS, GUIDANCE))
+    for row, (prompt, seed, guidance) in enumerate(rows):
+        alone = sd.sample(context=sd.encode_prompt([prompt]), seed=seed, steps=3, guidance=guidance)
+        torch.testing.assert_close(alone[0], pictures[row], rtol=0, atol=1e-4)
+        other = rows[row - 1]
+        for wrong in ((other[0], seed, guidance), (prompt, other[1], guidance),
+                      (prompt, seed, other[2])):
+            [picture] = sd.sample([wrong[0]], wrong[1], 3, wrong[2])
+            assert (picture - pictures[row]).abs().max() > 0.02
+    one_for_all = sd.sample(PROMPTS[:2], 7, 3, 4.0)
+    torch.testing.assert_close(one_for_all[1], pictures[1], rtol=0, atol=1e-4)
+    defaults = inspect.signature(sd.sample).parameters
+    assert [defaults[name].default for name in ("seed", "steps", "guidance")] == [0, 50, 7.5]
+
+
+def test_each_step_is_a_guided_ddim_step(sd):
+    """Of two rows with guidance 1, where the empty prompt has no say, and 5."""
+    context, x_T = sd.encode_prompt(PROMPTS[:2]), sd.initial_noise(SEEDS[:2])
+    run = list(sd.denoise(x_T, context, 3, [1.0, 5.0]))
+    assert [t for t, *_ in run] == [667, 334, 1, 0] and run[-1][2:] == (None, None)
+    assert torch.equal(run[0][1], x_T)
+    for (t, x_t, eps_c, eps_empty), (_, following, _, _) in zip(run, run[1:]):
+        close(eps_c, sd.predict_noise(x_t, t, context))
+        close(eps_empty, sd.predict_noise(x_t, t, sd.encode_prompt(["", ""])))
+        for row, guidance in enumerate((1, 5)):
+            eps = eps_empty[row] + guidance * (eps_c[row] - eps_empty[row])
+            close(following[row], sd.schedule.ddim_step(x_t[row], eps, t, t - 333))
+
+
+def test_rows_are_predicted_at_their_own_t_and_v_becomes_eps(sd, generator):
+    x_t, t = torch.randn(3, *sd.latent_shape, generator=generator), torch.tensor([10, 500, 900])
+    context, a = sd.encode_prompt(PROMPTS), sd.schedule.alpha_bar[t].view(3, 1, 1, 1)
+    out = sd.predict_noise(x_t, t, context)
+    for row in range(3):
+        for one in (int(t[row]), t[row]):
+            close(out[row:][:1], sd.predict_noise(x_t[row:][:1], one, context[row:][:1]))
+    of_v = replace(sd, schedule=Schedule(V2["scheduler"]))
+    close(of_v.predict_noise(x_t, t, context), a.sqrt() * out + (1 - a).sqrt() * x_t)
+
+
+def test_noise_is_drawn_by_each_rows_seed_on_the_cpu(sd):
+    for noise, seed in zip(sd.initial_noise(SEEDS), SEEDS):
+        drawn = torch.randn(sd.latent_shape, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(noise, drawn) and sd.latent_shape == (4, 16, 16)
+
+
+def test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1(sd):
+    plain = replace(sd, vae=SimpleNamespace(decode=lambda z: z))
+    decoded = plain.decode(torch.tensor([-3.0, -1.0, 0.0, 0.5, 1.0, 3.0]))
+    assert decoded.tolist() == [0, 0, 0.5, 0.75, 1, 1]
+
+
+@pytest.mark.parametrize("length, context", [(20, 20), (40, 24)])
+def test_of_tokenizer_and_text_encoder_the_shorter_counts(sd, length, context):
+    tokenizer = copy.deepcopy(sd.tokenizer)
+    tokenizer.model_max_length = length
+    short = replace(sd, tokenizer=tokenizer)
+    ids = short.tokenize(["a church", "church " * 40])
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    church = tokenizer("church").input_ids[1]
+    assert ids[0].tolist() == [start, *tokenizer("a church").input_ids[1:3]] + [end] * (context - 3)
+    assert ids[1].tolist() == [start] + [church] * (context - 2) + [end]
+    assert torch.equal(short.encode_prompt(["a church"]), short.encode_tokens(ids[:1]))

@@ -1,0 +1,120 @@
+"""Folders as they are published, on disk and on the hub: each gives the same tensors."""
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sd_mini
+from sd_mini.weights import PARTS, TOY
+
+from .reference import WEIGHTS, assert_same, refusal, rewrite
+
+FORMER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def of_2022(tensors):
+    """The VAE's attention under its former names, as 1x1 convolutions."""
+    return {re.sub(r"(?<=attentions\.0\.)(to_[qkv]|to_out\.0)", lambda new: FORMER[new[0]], name):
+            tensor[:, :, None, None] if tensor.dim() == 2 else tensor
+            for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("part, change", [
+    ("vae", of_2022),
+    ("text_encoder", lambda t: {name.removeprefix("text_model."): t[name] for name in t}),
+    ("text_encoder", lambda t: t | {
+        "text_model.embeddings.position_ids": torch.arange(24)[None],
+        "text_projection.weight": torch.zeros(2, 2)}),
+])
+def test_names_of_any_year(v1, folder, part, change):
+    rewrite(folder / WEIGHTS[part], change)
+    assert_same(sd_mini.load_part(folder / part, part), getattr(v1, part))
+
+
+def test_half_precision_files_count_where_there_are_no_others(v1, folder):
+    for part in PARTS:
+        path, network = folder / WEIGHTS[part], getattr(v1, part)
+        tensors = {name: tensor.half() for name, tensor in load_file(path).items()}
+        save_file(tensors, path.with_suffix(".fp16.safetensors"))
+        assert_same(sd_mini.load_part(folder / part, part), network)
+        path.unlink()
+        rounded = copy.deepcopy(network).half().float()
+        assert_same(sd_mini.load_part(folder / part, part), rounded)
+
+
+def test_sharded_files(v1, folder):
+    """As the reference writes them."""
+    diffusers = pytest.importorskip("diffusers")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    shutil.rmtree(folder / "unet")
+    unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    assert_same(sd_mini.load_part(folder / "unet", "unet"), v1.unet)
+
+
+# --- the hub, offline
+
+def test_hub_id_from_the_cache(v1, hub):
+    assert_same(sd_mini.load(hub), v1)
+    for source in (hub, f"{hub}@main", f"{hub}@{40 * '0'}"):
+        assert_same(sd_mini.load_text_encoder(source), v1.text_encoder)
+        assert_same(sd_mini.load_text_encoder(f"{source}:church_unlearned"), v1.text_encoder)
+
+
+@pytest.mark.parametrize("source, message", [
+    ("someone/else", "the hub cannot be reached"),
+    ("someone/tiny@other", "the hub cannot be reached"),
+    ("nothing", "no such folder"),
+])
+def test_what_is_not_there_says_so_in_one_line(hub, source, message):
+    assert message in refusal(sd_mini.load, source)
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".fp16.safetensors", "-00001.safetensors"])
+def test_the_files_needed_and_only_they_are_asked_for(folder, tmp_path, monkeypatch, kind):
+    """Of each part the first kind of file that is there."""
+    asked, cache = [], tmp_path / "cache"
+
+    def snapshot_download(hub_id, revision, allow_patterns):
+        assert (hub_id, revision) == ("some/model", "v1")
+        asked.extend(allow_patterns)
+        for path in (path for pattern in allow_patterns for path in folder.glob(pattern)):
+            place = cache / path.relative_to(folder)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, place)
+        return cache
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    path, stem = folder / WEIGHTS["unet"], "diffusion_pytorch_model"
+    path.rename(path.with_name(stem + kind))
+    if kind.startswith("-"):
+        index = json.dumps({"weight_map": {"conv_in.weight": stem + kind}})
+        (path.parent / f"{path.name}.index.json").write_text(index)
+    sd_mini.load("some/model@v1")
+    of_unet = [pattern for pattern in asked if pattern.startswith(f"unet/{stem}")]
+    kinds = [".safetensors", ".fp16.safetensors", "-*.safetensors"]
+    wanted = kinds[: 1 + kinds.index(kind.replace("00001", "*"))]
+    assert of_unet == [f"unet/{stem}{each}" for each in wanted]
+    assert not any(".bin" in pattern or pattern.startswith("*") for pattern in asked)
+
+
+# --- a path is never taken for something else
+
+def test_a_folder_comes_before_the_hub_and_before_the_toy(v1, hub, tmp_path, monkeypatch):
+    """A relative folder is named as a hub id is; a Path says what a word does not."""
+    for name in ("C:me@host", "someone/tiny@main:church"):
+        folder = shutil.copytree(v1.folder, tmp_path / name)
+        assert_same(sd_mini.load_text_encoder(str(folder)), v1.text_encoder)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TOY, "someone/tiny")
+    assert sd_mini.load(hub).latent_shape == (4, 16, 16)
+    shutil.copytree(v1.folder, "toy")
+    for path in (tmp_path / "toy", (tmp_path / "toy").relative_to(tmp_path), "./toy"):
+        assert sd_mini.load(path).latent_shape == (4, 8, 8)
+    path = v1.folder / WEIGHTS["text_encoder"]
+    line = refusal(sd_mini.load_text_encoder, path)
+    assert line == f"{path}: a file, where a folder with the configs is wanted, or a hub id"
