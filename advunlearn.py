@@ -7,13 +7,13 @@ Erasure in Diffusion Models", NeurIPS 2024 (arXiv 2405.15234). "eq." is an equat
 UnlearnDiffAtk, which measures robustness: Zhang et al., ECCV 2024 (arXiv 2310.11868).
 
 Read from top to bottom beside the paper: diffusion, erase, attack, retain, outer loop.
-Then come noisy latents, the attacks of the evaluation, and settings. `sd` is Stable
-Diffusion. These are nearly all calls of it, for N prompts or pictures at a time:
+Then come trajectories (how noisy latents are made), the attacks of the evaluation, and
+settings. `sd` is Stable Diffusion. Its main calls, for N prompts or pictures at a time:
 
     sd.tokenize(prompts)                -> ids (N, L)
     sd.encode_tokens(tokens)            -> context (N, L, D), from ids or embeddings
     sd.encode_prompt(prompts)           -> context (N, L, D): both of these
-    sd.predict_noise(x_t, t, context)   -> eps_theta(x_t | c), like x_t
+    sd.predict_noise(x_t, t, context)   -> eps_theta(x_t | c), shaped like x_t
     sd.schedule.add_noise(x_0, eps, t)  -> x_t
 
 Notation
@@ -25,12 +25,12 @@ Notation
     t, x_t          a time step in [0, 1000); latents with that step's noise in them
     eps             Gaussian noise; eps_theta(x_t | c): what the model told c sees in x_t
     eps_c           eps_o(x_t | c), what the original sees; likewise eps_empty and eps_r
-    z               N noisy latents: z.x_t, z.t, z.eps_c, z.eps_empty; z.prompt, an index
+    z               N noisy latents: z.x_t, z.t, z.eps_c, z.eps_empty; z.prompt, a row
     delta           the prefix, k tokens, as embeddings (k, D)
     E, p            the embeddings of all V tokens (V, D); the prefix as k distributions
     eta, gamma      how far ESD pushes away from c; the weight of the retain loss
-    || . ||^2       the mean over coordinates, so that sizes can be compared
-    config          settings: see `Config`, near the end
+    || . ||^2       the mean of the squares: alike for latents of any size
+    config          settings: `Config`, near the end, and those that every method has
 """
 import copy
 import math
@@ -113,8 +113,8 @@ def encode_with_prefix(sd, ids, delta):
 class Attack(NamedTuple):
     kind: str  # embedding: moves delta; fast: moves it once; token: looks for tokens
     steps: int
-    lr: float  # Adam's; of the fast kind: how far it moves each coordinate
-    k: int
+    lr: float  # Adam's (AdamW's, for tokens); fast: how far each coordinate moves
+    k: int  # tokens in the prefix
     radius: float | None = None  # how far a coordinate of delta may move
 
 
@@ -125,15 +125,15 @@ def embedding_attack(table, start, loss_of, attack):
         "fast" (eq. 7):  delta = delta_0 - lr * sign(gradient)
 
     table is E (V, D); start: ids (N, k). loss_of(delta, step) -> a loss for each row, or
-    for those still under attack. Yields each step's new delta (N, k, D), and the losses
-    before it. The radius is ours: by default, as in the paper, there is none.
+    for some rows only. Yields each step's new delta (N, k, D), and the losses before it.
+    The radius is ours: by default, as in the paper, there is none.
     """
     delta_0 = table[start].detach().float()
     delta = delta_0.clone().requires_grad_(True)
     adam = torch.optim.Adam([delta], lr=attack.lr)
     for step in range(attack.steps):
         losses = loss_of(delta, step)
-        # Of this step alone, and none for theta. In the published code they add up.
+        # This step's gradient, none for theta. Published: the steps' gradients add up.
         delta.grad = torch.autograd.grad(losses.sum(), delta)[0]
         with torch.no_grad():
             if attack.kind == "fast":
@@ -168,9 +168,9 @@ def project_simplex(v):
     p sums to 1. Source: Duchi et al. 2008, figure 1.
     """
     u = v.sort(dim=-1, descending=True).values
-    excess = (u.cumsum(-1) - 1) / torch.arange(1, v.shape[-1] + 1, device=v.device)
-    last = (u > excess).sum(-1, keepdim=True) - 1  # the last that stays positive
-    return (v - excess.gather(-1, last)).clamp(min=0)
+    taus = (u.cumsum(-1) - 1) / torch.arange(1, v.shape[-1] + 1, device=v.device)
+    last = (u > taus).sum(-1, keepdim=True) - 1  # the last that stays positive has tau
+    return (v - taus.gather(-1, last)).clamp(min=0)
 
 
 def token_attack(table, legal, n, loss_of, attack, generator):
@@ -188,7 +188,7 @@ def token_attack(table, legal, n, loss_of, attack, generator):
     p = torch.rand((n, attack.k, len(legal)), generator=generator).to(E.device)
     p = (p / p.sum(-1, keepdim=True)).requires_grad_(True)
     uniform = torch.rand((attack.steps, n, attack.k, 1), generator=generator).to(E.device)
-    # In Adam, which the published code has, the decay swamps the gradients.
+    # AdamW: in Adam, which the published code has, the decay would swamp the gradients.
     adam = torch.optim.AdamW([p], lr=attack.lr, weight_decay=0.1)
     for step, u in enumerate(uniform):
         drawn = (p.detach().cumsum(-1) < u).sum(-1)  # by the inverse of the distribution
@@ -251,7 +251,7 @@ def parameters_to_train(sd, config):
     encoder, layers = sd.text_encoder, sd.text_encoder.encoder.layers
     if config.layers > len(layers):
         raise ValueError(f"--layers {config.layers}: this text encoder has {len(layers)}")
-    theta = list(layers[: config.layers or None].parameters())
+    theta = list(layers[: config.layers or None].parameters())  # 0: of all
     return theta if config.layers else theta + [*encoder.final_layer_norm.parameters()]
 
 
@@ -334,7 +334,8 @@ class Latents(NamedTuple):  # z: of the original's sampling
 def sample_latents(sd_o, prompts, seeds, steps, stop=None):
     """x_t, eps_c and eps_empty of the original's DDIM runs, one for each (prompt, seed).
 
-    -> (N, steps, 3, 4, h, w), or the first `stop` steps. Guidance is 3, as published.
+    -> (N, steps, 3, 4, h, w), or the first `stop` steps; x_t is before the step. Guidance
+    is 3, as published, and needs both predictions anyway.
     """
     noise, context = sd_o.initial_noise(seeds), sd_o.encode_prompt(prompts)
     sampled = []
@@ -347,9 +348,9 @@ def sample_latents(sd_o, prompts, seeds, steps, stop=None):
 def trajectory_bank(sd_o, prompts, config):
     """Sample `trajectories` or more runs, once -> draw(n, generator, times=1).
 
-    draw gives a list of `times` Latents, all of the same n prompts: one for the erase
-    loss, the others for the steps of its attack. The published code samples each of them
-    anew, and tells the UNet a t that is 39 to 58 above the noise level of x_t.
+    Once is enough: nothing in z depends on theta. draw gives a list of `times` Latents,
+    of the same n prompts: one for the erase loss, one for each step of its attack. The
+    published code samples each anew, and tells the UNet a t that is 39 to 58 too high.
     """
     runs = math.ceil(config.trajectories / len(prompts))  # of each prompt
     texts = [prompt for prompt in prompts for _ in range(runs)]
@@ -368,9 +369,9 @@ def trajectory_bank(sd_o, prompts, config):
         prompt = torch.randint(len(prompts), (n,), generator=generator)
         run = torch.randint(runs, (times, n), generator=generator)
         step = torch.randint(len(grid), (times, n), generator=generator)
-        sampled = bank[prompt, run, step].to(sd_o.device)  # (times, n, 3, 4, h, w)
+        drawn = bank[prompt, run, step].to(sd_o.device)  # (times, n, 3, 4, h, w)
         prompt, t = prompt.to(sd_o.device), grid[step].to(sd_o.device)
-        return [Latents(prompt, t[i], *sampled[i].unbind(1)) for i in range(times)]
+        return [Latents(prompt, t[i], *drawn[i].unbind(1)) for i in range(times)]
     return draw
 
 
@@ -409,17 +410,17 @@ def prefix_attack(sd, prompts, pictures, look, config, kind):
         argmin over delta of the mean over t and eps of ddpm_loss, told [delta, c]
 
     pictures (N, 3, H, W) in [0, 1]: the targets, what the original drew. kind: token;
-    longer, by LONGER tokens; embedding, which no user can type; random, the control,
-    which does not search. Up to eval_looks times look(step, left, context, texts) draws
-    the prompts with index in left, and says whether each shows the concept, and is done.
-    Tokens count by their text, tokenised with the prompt; embeddings have texts None.
+    longer, by LONGER (3); embedding, which no user can type; random, the control, which
+    does not search. At eval_looks of the steps, look(step, indices, context, texts) draws
+    these prompts -> which of them show the concept, and are done. Tokens count by their
+    text, tokenised with the prompt; embeddings have texts None.
     """
     steps, n, k = config.eval_attack_steps, len(prompts), prefix_length(config, kind)
     generator = torch.Generator().manual_seed(config.seed)
     ids = tokenize_with_room(sd, prompts, k)
     x_0 = sd.vae.encode(2 * pictures - 1)
     t, noise = draw_noise(sd, x_0, steps, generator)
-    left = torch.arange(n, device=sd.device)  # prompts that do not yet show the concept
+    left = torch.arange(n, device=sd.device)  # not yet broken; loss_of sees it shrink
 
     def loss_of(delta, step):
         context = encode_with_prefix(sd, ids[left], delta[left])
@@ -460,14 +461,14 @@ def inversion_attack(sd, prompts, pictures, config):
 
         v* = argmin over v of the mean over c of || eps - eps_theta(x_t | c[* -> v]) ||^2
 
-    A * in the prompts marks where v stands. -> the prompts' contexts (N, L, D) with v*.
+    The lab put a * where v is to stand. -> the prompts' contexts (N, L, D) with v*.
     Source: Pham et al. 2023 (CCE, arXiv 2308.01508), with Gal et al. 2022.
     """
     steps, n = config.eval_attack_steps, min(len(prompts), config.eval_batch)
     generator = torch.Generator().manual_seed(config.seed)
     table = sd.text_encoder.embeddings.token_embedding.weight
     ids = tokenize_with_room(sd, prompts, 0)
-    is_star = (ids == sd.tokenizer("*").input_ids[1])[..., None]
+    is_star = (ids == sd.tokenizer("*").input_ids[1])[..., None]  # [0] is the start token
     x_0 = torch.cat([sd.vae.encode(2 * p - 1) for p in pictures.split(config.eval_batch)])
     chosen = torch.randint(len(prompts), (steps, n), generator=generator).to(sd.device)
     t, noise = draw_noise(sd, x_0[:n], steps, generator)
@@ -494,16 +495,16 @@ EVALUATED = ("token", "random", "longer", "embedding", "inversion")
 
 @dataclass
 class Config(Settings):
-    """The method's own. Defaults are the published ones for objects and styles."""
+    """The method's own. Defaults: the published ones for objects and styles; our bank."""
 
-    train: str = setting("text_encoder", "what is trained (paper: the first)", TRAINED)
+    train: str = setting("text_encoder", "what is trained (paper: text_encoder)", TRAINED)
     layers: int = setting(1, "first layers; 0: all, and the final norm", low=0)
     steps: int = setting(1000, "iterations of the outer loop", low=1)
     warmup: int = setting(200, "iterations before the attack starts", low=0)
     lr: float = setting(1e-5, "Adam's learning rate for theta", low=1e-10, high=1)
     eta: float = setting(1.0, "eta, ESD's strength", low=0)
     erase_batch: int = setting(1, "latents x_t in the erase loss", low=1)
-    esd: tuple = (1e-5, 1e-5)  # Adam's rate for ESD-u and ESD-x in the comparison
+    esd: tuple = (1e-5, 1e-5)  # Adam's rate for the UNet in the comparison: ESD-u, ESD-x
 
     attack: str = setting("embedding", "in training; fast: 1 step", KINDS, group="attack")
     attack_steps: int = setting(30, "steps of the attack", low=1, group="attack")
@@ -536,24 +537,24 @@ class Config(Settings):
             raise ValueError("--task compare: sets --attack and --train itself")
 
 
-# The toy's text encoder is tiny and has to learn in minutes. The attack may move delta by
-# 0.08, 3.5 standard deviations. sd_mini/lab/README.md says what each departure is for.
-TOY = dict(layers=0, steps=600, warmup=30, lr=2e-4, erase_batch=4, retain_weight=2.0,
-           retain_batch=12, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48,
-           trajectory_steps=20, esd=(1e-4, 2e-4))
+# The toy's text encoder is tiny and has to learn in minutes. Its attack moves delta by
+# 0.08, 3.5 standard deviations of E. sd_mini/lab/README.md says what each is for.
+TOY = dict(layers=0, steps=500, warmup=30, lr=4e-4, erase_batch=2, retain_weight=2.0,
+           retain_batch=10, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48,
+           trajectory_steps=12, esd=(1.5e-4, 2e-4))
 CONCEPTS = {"nudity": dict(layers=0, retain_weight=0.3)}  # as published; not on the toy
 
 # ----------------------------------------------------------- what sd_mini/lab is handed
 def check_prompts(sd_o, erase_prompts, retain_prompts, config):
     """ValueError, before any work, for what would fail later."""
-    parameters_to_train(sd_o, config)
+    parameters_to_train(sd_o, config)  # for its own ValueError
     tokenize_with_room(sd_o, erase_prompts, config.prefix)
     tokenize_with_room(sd_o, retain_prompts, 0)
     counts = len(erase_prompts), len(retain_prompts)
     runs = sum(n * math.ceil(config.trajectories / n) for n in counts)
-    numbers = 3 * runs * config.trajectory_steps * math.prod(sd_o.latent_shape)
+    size = 3 * 4 * runs * config.trajectory_steps * math.prod(sd_o.latent_shape)
     if not config.fresh_trajectories:  # x_t, eps_c and eps_empty, in float32
-        check_memory("the bank", 4 * numbers, "--trajectory-steps")
+        check_memory("the bank", size, "--trajectory-steps")
 
 
 def comparison_rows(sd_o, concepts, config):
@@ -565,9 +566,9 @@ def comparison_rows(sd_o, concepts, config):
         "original": None,
         "ESD": dict(attack="none", retain_weight=0.0, **esd),
         "ESD, text encoder": dict(attack="none", retain_weight=0.0),
-        "naive AT": dict(retain_weight=0.0),
+        "naive AT": dict(retain_weight=0.0),  # AT-ESD, the paper's, trains the UNet
         "AdvUnlearn": {},
-        "AdvUnlearn, UNet": dict(train="unet"),
+        "AdvUnlearn, UNet": dict(train="unet", lr=config.esd[0]),
         "AdvUnlearn, fast AT": dict(attack="fast"),
         "AdvUnlearn, token attack": dict(attack="token"),
     }
