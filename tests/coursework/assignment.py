@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 REFERENCE = Path(__file__).parents[1] / "reference.zip"  # in a student's copy: the solutions
 SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
     11: (
-        9,
+        10,
         "a better attack",
         "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the "
         "same number of steps (`--eval-attack-steps`); hand in a sentence on why it does.",
@@ -109,16 +110,12 @@ def make(out, only=()):
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip", *solved)
     for name in ("sd_mini", "prompts", "tests"):
         shutil.copytree(ROOT / name, out / name, ignore=ignore)
-    for name in (
-        "advunlearn.py",
-        "requirements.txt",
-        "README.md",
-        "TUTORIAL.md",
-        "LICENSE",
-        ".gitignore",
-    ):
+    for name in ("advunlearn.py", "requirements.txt", "LICENSE", ".gitignore"):
         shutil.copy(ROOT / name, out / name)
     make_writable(out)
+    for name in ("README.md", "TUTORIAL.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (out / name).write_text(without_answers(text), encoding="utf-8")
     with zipfile.ZipFile(out / "tests/reference.zip", "w") as solutions:
         for file in FILES:
             solutions.write(ROOT / file, f"reference_{Path(file).name}")
@@ -131,6 +128,12 @@ def make(out, only=()):
                 source = blank(source, name, message)
             (out / file).write_text(source, encoding="utf-8")
     (out / "HANDOUT.md").write_text(handout(chosen), encoding="utf-8")
+
+
+def without_answers(text):
+    """A document without what is folded, and without the code that it quotes from a file."""
+    folded, quoted = r"^<details>.*?^</details>\n+", r"^```python \S+\n.*?^```\n+"
+    return re.sub(f"{folded}|{quoted}", "", text, flags=re.M | re.S)
 
 
 def handout(chosen):

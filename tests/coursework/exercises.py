@@ -25,19 +25,19 @@ class Exercise(NamedTuple):
 
 PAPER, SCHEDULE = "advunlearn.py", "sd_mini/schedule.py"
 EXERCISES = {
-    1: Exercise("adding noise", {SCHEDULE: ("Schedule.add_noise",)}, 2),
-    2: Exercise("noise-prediction loss", {PAPER: ("ddpm_loss",)}, 2),
+    1: Exercise("adding noise", {SCHEDULE: ("Schedule.add_noise",)}, 4),
+    2: Exercise("noise-prediction loss", {PAPER: ("ddpm_loss",)}, 4),
     3: Exercise("guidance and the DDIM step",
                 {SCHEDULE: ("Schedule.guide", "Schedule.ddim_step")}, 1),
-    4: Exercise("ESD target and loss", {PAPER: ("esd_target", "erase_loss")}, 3),
-    5: Exercise("prompt with a prefix", {PAPER: ("insert_prefix", "tokenize_with_room")}, 4),
-    6: Exercise("embedding attack", {PAPER: ("embedding_attack",)}, 4),
-    7: Exercise("projection onto the simplex", {PAPER: ("project_simplex",)}, 4),
-    8: Exercise("token attack", {PAPER: ("token_attack",)}, 4),
+    4: Exercise("ESD target and loss", {PAPER: ("esd_target", "erase_loss")}, 5),
+    5: Exercise("prompt with a prefix", {PAPER: ("insert_prefix", "tokenize_with_room")}, 6),
+    6: Exercise("embedding attack", {PAPER: ("embedding_attack",)}, 6),
+    7: Exercise("projection onto the simplex", {PAPER: ("project_simplex",)}, 6),
+    8: Exercise("token attack", {PAPER: ("token_attack",)}, 6),
     9: Exercise("retain loss and set",
                 {PAPER: ("retain_loss",), "sd_mini/lab/prompts.py": ("one_of", "without_concept")},
-                6),
-    10: Exercise("outer loop", {PAPER: ("advunlearn",)}, 5),
+                7),
+    10: Exercise("outer loop", {PAPER: ("advunlearn",)}, 8),
 }
 FILES = sorted({file for exercise in EXERCISES.values() for file in exercise.functions})
 CHECKS = {number: [] for number in EXERCISES}

@@ -154,6 +154,18 @@ def test_a_copy_of_a_read_only_checkout_can_be_written(tmp_path, monkeypatch):
         path.chmod(path.stat().st_mode | 0o200)  # so that it can be deleted
 
 
+def test_the_copy_has_the_questions_and_no_answers(tmp_path):
+    assignment.make(tmp_path / "homework")
+    text = "".join(path.read_text() for path in (tmp_path / "homework").glob("*.md"))
+    assert text.count("*Question:") >= 10 and "<details>" not in text and "Answer" not in text
+    for file, name in (place for exercise in EXERCISES.values() for place in exercise.places()):
+        source = (ROOT / file).read_text()
+        node = assignment.functions(ast.parse(source))[name]
+        for statement in node.body[1:]:
+            lines = ast.get_source_segment(source, statement).splitlines()
+            assert not [line for line in lines if len(line) > 40 and line.strip() in text], name
+
+
 @pytest.mark.parametrize("name", ["homework", "tests/homework"])
 def test_a_copy_stands_outside_the_project(name, capsys):
     with pytest.raises(SystemExit):
@@ -180,7 +192,7 @@ def test_blanking_keeps_signature_docstring_and_everything_else():
 
 
 BLANK = ('    raise NotImplementedError("Exercise 2: noise-prediction loss, ddpm_loss; see '
-         'TUTORIAL.md, section 2")')
+         'TUTORIAL.md, section 4")')
 BY_HALF = """    x_t = sd.schedule.add_noise(x_0, noise, t)
     return squared_error(sd.predict_noise(x_t, t, context), noise.flip(0))"""
 
