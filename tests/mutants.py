@@ -22,33 +22,31 @@ C, J = "sd_mini/lab/compare.py", "sd_mini/lab/classifiers.py"  # J: the judges
 S, D = "sd_mini/schedule.py", "sd_mini/pipeline.py"  # D: Stable Diffusion itself
 H = "sd_mini/half.py"
 
-# Tests, as in "behaviour::test_name" or a file alone.
-LOSSES = "behaviour::test_each_loss_has_the_context_and_the_target_of_its_prompts"
-TOGETHER = ("behaviour::"
-            "test_prompt_picture_noise_and_prefix_stay_together_when_rows_drop_out[embedding]")
-RANDOM, LOOKS = (f"behaviour::{name}" for name in (
-    "test_time_steps_are_any_and_the_seed_counts",
-    "test_the_classifier_looks_at_text_or_at_embeddings_without_text"))
-RATE = "behaviour::test_each_attack_has_the_learning_rate_and_its_own_length"
-SEEDED = "behaviour::test_the_bank_and_the_loop_are_seeded_by_the_config"
-DRAWN = "behaviour::test_the_token_attack_tries_tokens_drawn_and_gives_the_likeliest"
-HANDED = "behaviour::test_the_configs_attack_is_handed_on"
-CLIPS = "differences::test_the_token_attack_clips_no_gradient_and_starts_at_random"
-GAMMA = "behaviour::test_gamma_weighs_the_retain_loss_in_the_gradient"
-RATES, OWN, INVERTED, ROWS = (f"figures::{name}" for name in (
-    "test_rates_count_what_they_say", "test_each_picture_has_its_own_seed_guidance_and_context",
-    "test_the_inversion_learns_its_embedding_from_each_prompts_picture",
-    "test_each_row_of_the_comparison_changes_what_its_name_says"))
+# Tests, as in "paper/loop::test_name" or a file alone.
+LOSSES = GAMMA = "paper/loop::test_each_iteration_is_the_algorithms"
+TOGETHER = LOOKS = ("paper/evaluation::"
+                    "test_prompt_picture_noise_and_prefix_stay_together_when_rows_drop_out")
+RANDOM = "paper/evaluation::test_each_row_and_step_has_a_t_and_a_noise_of_its_own_by_the_seed"
+SEEDED = "paper/loop::test_the_bank_and_the_loop_are_seeded_by_the_config"
+DRAWN = CLIPS = (
+    "paper/attack::test_p_descends_by_adamw_and_projection_on_the_gradient_at_tokens_drawn")
+INNER = "paper/attack::test_each_row_is_attacked_at_its_own_prompt_and_at_each_steps_latents"
+HANDED = "paper/attack::test_the_attack_of_the_config"
+BANK = "paper/latents::test_the_bank_has_as_many_runs_of_each_prompt_and_draws_any_of_them"
+INVERTED = "paper/evaluation::test_the_inversion_learns_one_embedding_from_each_prompts_picture"
+ROWS = "paper/settings::test_each_row_of_the_comparison_changes_what_its_name_says"
+RATES, OWN = (f"figures::{name}" for name in (
+    "test_rates_count_what_they_say", "test_each_picture_has_its_own_seed_guidance_and_context"))
 
 MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, test)
     # --- training
     ("ddpm loss: squares the sum instead of the difference", A,
-     "(a.float() - b.float()).square()", "(a.float() + b.float()).square()", "losses"),
+     "(a.float() - b.float()).square()", "(a.float() + b.float()).square()", "paper/losses"),
     ("ddpm loss: without noise in the picture", A,
-     "    x_t = sd.schedule.add_noise(x_0, noise, t)\n", "    x_t = x_0\n", "losses"),
+     "    x_t = sd.schedule.add_noise(x_0, noise, t)\n", "    x_t = x_0\n", "paper/losses"),
     ("erase loss: pulls towards the concept", A,
      "return eps_empty - eta * (eps_c - eps_empty)", "return eps_empty + eta * (eps_c - eps_empty)",
-     "losses"),
+     "paper/losses"),
     ("erase loss: the target is the concept itself", A,
      "target = esd_target(z.eps_c, z.eps_empty, config.eta)", "target = z.eps_c", LOSSES),
     ("erase loss: the target is the empty prompt alone", A,
@@ -68,11 +66,11 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("inner attack: runs from the target", A,
      "return attack_loss(sd, z.x_t, z.t, context, z.eps_c)",
      "return -attack_loss(sd, z.x_t, z.t, context, z.eps_c)",
-     "attacks::test_each_row_of_the_inner_attack_keeps_its_prompt"),
+     INNER),
     ("inner attack: latents of any prompt", A,
      "sampled = bank[prompt, run, step]",
      "sampled = bank[prompt[torch.randint(n, (times, n))], run, step]",
-     "attacks::test_each_row_of_the_inner_attack_keeps_its_prompt"),
+     INNER),
     ("inner attack: gives the first prefix, not the last", A,
      "loss_of, attack):\n            pass\n    return delta, losses",
      "loss_of, attack):\n            break\n    return delta, losses", LOSSES),
@@ -80,11 +78,11 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "lr, config.prefix, config.attack_radius)", "lr, config.prefix + 1, None)", LOSSES),
     ("inner attack: the radius has no effect", A,
      "lr, config.prefix, config.attack_radius)", "lr, config.prefix)",
-     "behaviour::test_the_radius_bounds_the_prefix_in_training"),
+     HANDED),
     ("inner attack: the radius bounds the value, not the move", A,
      "delta.clamp_(delta_0 - attack.radius, delta_0 + attack.radius)",
      "delta.clamp_(-attack.radius, attack.radius)",
-     "behaviour::test_the_radius_bounds_the_prefix_in_training"),
+     HANDED),
     ("inner attack: starts at tokens that are not legal", A,
      "start = random_tokens(sd, (n, attack.k), generator)",
      "start = torch.full((n, attack.k), sd.tokenizer.eos_token_id)", LOSSES),
@@ -93,19 +91,19 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "start = random_tokens(sd, (n, 1), generator).expand(n, attack.k)", LOSSES),
     ("inner attack: gradients pile up", A,
      "delta.grad = torch.autograd.grad(losses.sum(), delta)[0]", "losses.sum().backward()",
-     "attacks::test_embedding_attack_does_not_pile_up_gradients"),
+     "paper/attack::test_embeddings_descend_by_each_steps_gradient_alone"),
     ("inner attack: the fast step climbs", A,
      "delta -= attack.lr * delta.grad.sign()", "delta += attack.lr * delta.grad.sign()",
-     "attacks::test_embedding_attack_lowers_its_loss[fast-None]"),
+     "paper/attack::test_embeddings_descend_by_each_steps_gradient_alone"),
     ("inner attack: the fast step forgets the number of steps", A,
      "steps, lr = 1, steps * lr", "steps = 1", HANDED),
     ("inner attack: the fast one loops", A,
      "steps, lr = 1, steps * lr", "lr = steps * lr",
-     "differences::test_the_fast_attack_is_one_sign_step"),
+     HANDED),
     ("inner attack: gives the prefix from before its last step", A,
      "for delta, losses in embedding_attack(table, start, loss_of, attack):",
      "for delta, losses in [*embedding_attack(table, start, loss_of, attack)][:-1]:",
-     "differences::test_the_erase_loss_has_the_prefix_after_the_last_step"),
+     INNER),
     ("inner attack: of tokens with the rate of embeddings", A,
      "lr = config.token_lr  #", "lr = config.attack_lr  #", HANDED),
     ("token attack: the loss sees the soft mixture", A,
@@ -118,7 +116,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "yield legal[drawn], losses.detach()", DRAWN),
     ("token attack: no gradient passes", A,
      "loss_of(hard + (soft - soft.detach()), step)", "loss_of(hard + 0 * soft, step)",
-     "attacks::test_token_attack_follows_its_gradient_to_the_legal_token_that_lowers_the_loss"),
+     DRAWN),
     ("token attack: clips the gradient", A, "p.grad = torch.autograd.grad(losses.sum(), p)[0]",
      "p.grad = torch.autograd.grad(losses.sum(), p)[0].clamp(-1, 1)", CLIPS),
     ("token attack: starts with p uniform", A,
@@ -126,44 +124,44 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "p = torch.ones((n, attack.k, len(legal)))", CLIPS),
     ("token attack: the decay is added to the gradient", A,
      "torch.optim.AdamW([p], lr=", "torch.optim.Adam([p], lr=",
-     "differences::test_weight_decay_leaves_a_small_gradient_its_direction"),
+     DRAWN),
     ("token attack: does not project onto the simplex", A,
      "            p.copy_(project_simplex(p))\n", "            p.clamp_(min=0)\n",
-     "attacks::test_token_attack_keeps_its_distributions_on_the_simplex"),
+     DRAWN),
     ("projection onto the simplex: one coordinate too many", A,
-     "(u > excess).sum(-1, keepdim=True) - 1", "(u > excess).sum(-1, keepdim=True)", "attacks"),
+     "(u > excess).sum(-1, keepdim=True) - 1", "(u > excess).sum(-1, keepdim=True)", "paper/attack"),
     ("prefix: behind the prompt's first token", A,
      "cat([tokens[:, :1], delta, tokens[:, 1 :", "cat([tokens[:, :2], delta, tokens[:, 2 :",
-     "attacks"),
+     "paper/attack"),
     ("legal tokens: all of them", A,
-     "if text.isprintable() and tokens == [i]])", "if text.isprintable()])", "attacks"),
+     "if text.isprintable() and tokens == [i]])", "if text.isprintable()])", "paper/attack"),
     ("room for the prefix: one token too many", A,
      "if length + k > sd.context_length:", "if length + k > sd.context_length + 1:",
-     "attacks::test_room_is_counted_in_tokens"),
+     "paper/attack"),
     ("bank: the seed has no effect", A,
      "first_seed = 1_000_000 * (config.seed + 1)", "first_seed = 1_000_000", SEEDED),
     ("bank: the evaluation's seeds", A,
      "first_seed = 1_000_000 * (config.seed + 1)", "first_seed = 100 * config.seed", SEEDED),
     ("bank: without guidance", A, "steps, guidance=3.0)", "steps, guidance=1.0)",
-     "behaviour::test_the_bank_is_sampled_under_guidance_3"),
+     "paper/latents"),
     ("bank: guidance of pictures", A, "steps, guidance=3.0)", "steps, guidance=7.5)",
-     "behaviour::test_the_bank_is_sampled_under_guidance_3"),
+     "paper/latents"),
     ("bank: eps_c and eps_empty are swapped", A,
      "sampled = bank[prompt, run, step]", "sampled = bank[prompt, run, step][:, :, [0, 2, 1]]",
      LOSSES),
     ("bank: only the first half of each run", A,
      "step = torch.randint(len(grid), (times, n)",
      "step = torch.randint(len(grid) // 2, (times, n)",
-     "attacks::test_the_draws_of_an_iteration_are_of_the_same_prompts_and_of_all_time_steps"),
+     BANK),
     ("bank: t is above the noise level", A, "grid[step].to(", "(39 + grid[step]).to(",
-     "differences::test_t_is_the_noise_level_of_x_t"),
+     BANK),
     ("bank: drawn from without replacement", A,
      "prompt = torch.randint(len(prompts), (n,), generator=generator)\n        run",
      "prompt = torch.randperm(len(prompts), generator=generator)[:n]\n        run",
-     "differences::test_retain_latents_are_drawn_with_replacement_from_the_bank"),
+     BANK),
     ("fresh trajectories: of the model in training", A,
      "draw_erase = source(sd_o, erase", "draw_erase = source(sd, erase",
-     "differences::test_the_original_samples_the_latents_while_its_unet_is_trained"),
+     LOSSES),
     ("training: gamma has no effect", A, "(l_erase + config.retain_weight * l_retain).backward()",
      "(l_erase + l_retain).backward()", GAMMA),
     ("training: without the retain loss", A,
@@ -172,21 +170,20 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "context_r, z_r.eps_c).mean()", "context_r, z_r.eps_empty).mean()", LOSSES),
     ("layers: the last instead of the first", A,
      "list(layers[: config.layers or None].parameters())",
-     "list(layers[-config.layers :].parameters())", "run::test_layers_and_embeddings_are_"
-     "trained_as_asked"),
+     "list(layers[-config.layers :].parameters())", "paper/loop::test_layers_are_the_first_by_index"),
     ("layers: by the beginning of their names", A,
      "list(layers[: config.layers or None].parameters())",
      "[p for i, layer in enumerate(layers) if str(i).startswith(tuple(map(str, range("
      "config.layers or 99)))) for p in layer.parameters()]",
-     "differences::test_layers_are_chosen_by_index"),
+     "paper/loop::test_layers_are_the_first_by_index"),
     ("training: a copy of the whole model", A,
      "sd = replace(sd_o, **{part: copy.deepcopy(getattr(sd_o, part)).float()})",
      "sd = replace(sd_o, **{name: copy.deepcopy(getattr(sd_o, name)) for name in "
-     "('text_encoder', 'unet', 'vae')})", "differences::"
-     "test_a_seed_gives_the_same_bytes_resumed_or_not_and_memory_is_shared"),
+     "('text_encoder', 'unet', 'vae')})",
+     "paper/loop::test_that_is_trained_in_float32_and_nothing_else"),
     ("training: changes the original model", A,
      "copy.deepcopy(getattr(sd_o, part)).float()", "getattr(sd_o, part)",
-     "run::test_whole_text_encoder_is_trained_and_nothing_else"),
+     "paper/loop::test_that_is_trained_in_float32_and_nothing_else"),
     # --- attacks of the evaluation
     ("evaluation attack: aims at the next row's picture", A,
      "    x_0 = sd.vae.encode(2 * pictures - 1)\n",
@@ -217,7 +214,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "for front, i in zip(words, indices)]", "for i, front in enumerate(words)]", LOOKS),
     ("evaluation attack: those that show the concept are kept, the others dropped", A,
      "left = left[~shows]", "left = left[shows]",
-     "attacks::test_who_shows_the_concept_is_attacked_no_more"),
+     TOGETHER),
     ("inversion: v one place too far left", A, 'input_ids[1])[..., None]',
      'input_ids[1])[..., None].roll(-1, 1)', INVERTED),
     ("inversion: another prompt's picture", A,
@@ -252,7 +249,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
      "(evaluation_set.classifier, pictures.flip(0), rows))", RATES),
     ("parts: pictures of one part count for another", E, "for part in PARTS]\n    return",
      "for part in sorted(PARTS)]\n    return", RATES),
-    ("Wilson interval: without the term of n", E, "z2 / (4 * n * n))", "0)", "losses"),
+    ("Wilson interval: without the term of n", E, "z2 / (4 * n * n))", "0)", "figures"),
     ("CLIP score: of other prompts", E, "prompts = [row.prompt for row in evaluation_set.utility]",
      "prompts = [row.prompt for row in evaluation_set.rows]", RATES),
     ("CLIP score: of other pictures", E, 'evaluation_set.clip_score(prompts, drawn["utility"])',
@@ -328,22 +325,23 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("pipeline: eps_c and eps_empty are swapped", D,
      "both = torch.cat([context, self.encode_prompt([\"\"]).expand_as(context)])",
      "both = torch.cat([self.encode_prompt([\"\"]).expand_as(context), context])",
-     "run::test_bank_holds_what_the_frozen_model_predicts"),
+     "paper/latents::test_a_run_is_ddim_under_guidance_3"),
     ("pipeline: pictures are not brought to [0, 1]", D, "(self.vae.decode(z) / 2 + 0.5)",
      "self.vae.decode(z)", "sd_mini::test_the_vaes_range_from_minus_1_to_1_becomes_0_to_1"),
     # --- half precision and CUDA graphs
     ("inner attack: reads its loss at each step", A, "        losses = loss_of(delta, step)\n",
      "        losses = loss_of(delta, step)\n        losses.sum().item()\n",
-     "waits::test_no_step_of_the_inner_attack_reads_a_value[embedding]"),
+     "paper/waits"),
     ("training: reads each loss by itself", A, "history.append(read(erase=l_erase,",
      "l_erase.item(), history.append(read(erase=l_erase,",
-     "waits::test_an_iteration_reads_its_losses_at_once_and_an_attack_step_nothing"),
+     "paper/waits"),
 ]
 
 
 def node(test):
-    name, _, function = test.partition("::")
-    return f"tests/test_{name}.py" + (f"::{function}" if function else "")
+    file, _, function = test.partition("::")
+    room, _, name = file.rpartition("/")
+    return str(Path("tests", room, f"test_{name}.py")) + (f"::{function}" if function else "")
 
 
 def caught(folder, file, text, wrong, test):
