@@ -68,14 +68,21 @@ def drawn(draw, times, generator):
 
 
 def test_the_bank_has_as_many_runs_of_each_prompt_and_draws_any_of_them(tiny, sampled, generator):
-    """A draw's rows, and its times, have a run and a step of their own; with replacement."""
+    """A draw's rows, and its times, have a run and a step of their own; with replacement.
+
+    Seeds of the noise are far from the evaluation's, and others for another seed of the config.
+    """
     config = replace(SMALL, trajectories=33, trajectory_steps=8, eval_batch=7)
+    au.trajectory_bank(tiny, WORDS, replace(config, seed=1))
+    others = {seed for _, _, seeds, _, _ in sampled for seed in seeds}
+    sampled.clear()
     draw = au.trajectory_bank(tiny, WORDS, config)
     runs = [(p, seed) for _, prompts, seeds, _, _ in sampled for p, seed in zip(prompts, seeds)]
     assert [p for p, _ in runs] == [p for p in WORDS for _ in range(5)]
     assert len({seed for _, seed in runs}) == 40 and {len(p) for _, p, *_ in sampled} == {7, 5}
     assert {(sd is tiny, steps, stop) for sd, _, _, steps, stop in sampled} == {(True, 8, None)}
     prompts, seeds, steps, t = drawn(draw, 4, generator)
+    assert others.isdisjoint(seed for _, seed in runs) and seeds.min() >= 1_000_000
     of = {seed: (WORDS.index(p), i % 5) for i, (p, seed) in enumerate(runs)}
     prompt, run = torch.tensor([of[seed] for seed in seeds.flatten().tolist()]).T
     assert same(prompt, prompts[:, None].expand(60, 4, 3).flatten())
