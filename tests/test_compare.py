@@ -1,4 +1,4 @@
-"""The evaluation set, the classifiers, the inversion attack and the comparison, on a small budget.
+"""The evaluation set, the classifiers and the comparison, on a small budget.
 
 They test the machinery, not the order of the figures.
 """
@@ -19,7 +19,8 @@ from sd_mini.lab.prompts import (PROMPTS, Row, evaluation_rows, read_concepts, r
                                  training_prompts, without_concept)
 
 from . import bench
-from .test_run import FLAGS, ROOT, SMALL, main
+from .paper import SMALL
+from .test_run import FLAGS, ROOT, main
 
 CONCEPTS = ["church", "garbage truck", "parachute", "tench", "van gogh"]
 
@@ -106,26 +107,6 @@ def test_evaluation_set_leaves_out_what_names_the_concept(sd):
 
 
 # --- attacks
-
-def test_inversion_replaces_the_marked_place_alone(sd):
-    """One embedding where the * stood; every other place keeps its token."""
-    targets, inputs = sd.sample(["a photo of a church"] * 2, seed=[1, 2], steps=4), []
-
-    class Spy(torch.nn.Module):
-        embeddings, config = sd.text_encoder.embeddings, sd.text_encoder.config
-
-        def forward(self, tokens):
-            inputs.append(tokens)
-            return sd.text_encoder(tokens)
-
-    config = replace(SMALL, eval_batch=2, eval_attack_steps=3)
-    context = au.inversion_attack(replace(sd, text_encoder=Spy()), ["a photo of a *", "* a boat"],
-                                  targets, config)
-    assert context.shape == (2, sd.context_length, sd.text_encoder.config["hidden_size"])
-    table, given = sd.text_encoder.embeddings.token_embedding.weight, inputs[-1]
-    differ = (given != table[sd.tokenize(["a photo of a church", "* a boat"])]).any(-1)
-    assert differ.nonzero().tolist() == [[0, 5], [1, 1]] and torch.equal(given[0, 5], given[1, 1])
-
 
 def test_each_concept_is_inverted_by_an_embedding_of_its_own(sd, monkeypatch):
     """Pictures come from their own concept's context, learnt on all its prompts and targets."""
@@ -329,23 +310,6 @@ def pooled(folder):
     rows = json.loads((folder / "results.json").read_text())["pooled"]
     return {name: {key: value for key, value in row.items()
                    if key != "minutes"} for name, row in rows.items()}
-
-
-def test_rows_of_the_comparison(sd):
-    rows = au.comparison_rows(sd, read_concepts("church"), SMALL)
-    assert list(rows)[:5] == ["original", "ESD", "ESD, text encoder", "naive AT", "AdvUnlearn"]
-    assert [row["layers"] for name, row in rows.items() if "layer" in name] == [1, 2, 3, 4]
-    paper = au.comparison_rows(sd, read_concepts("church"), au.Config())  # trains one layer
-    assert [row["layers"] for name, row in paper.items() if "layer" in name] == [0, 2, 3, 4]
-
-
-@pytest.mark.parametrize("concept, train, lr", [
-    ("church", "no_cross_attention", 0.25), ("van gogh", "cross_attention", 0.5),
-    ("nudity", "cross_attention", 0.5), ("snowman", "no_cross_attention", 0.25)])
-def test_esd_is_the_published_one_for_each_kind(sd, concept, train, lr):
-    """ESD-u for objects, ESD-x for styles and nudity, with learning rates of its own."""
-    rows = au.comparison_rows(sd, read_concepts(concept), replace(SMALL, esd=(0.25, 0.5)))
-    assert rows["ESD"] == dict(attack="none", retain_weight=0.0, train=train, lr=lr)
 
 
 def details(*broken, attack="token"):

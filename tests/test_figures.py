@@ -1,20 +1,15 @@
-"""What the figures of an evaluation are made of: closed forms on rows made by hand.
-
-The rest of `test_behaviour.py`, for pictures, rates, inversion and the comparison's rows.
-"""
+"""What the figures of an evaluation are made of: closed forms on rows made by hand."""
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.testing import assert_close
 
-import advunlearn as au
-from sd_mini.lab import classifiers, evaluation, report, settings
+from sd_mini.lab import classifiers, evaluation, report
 from sd_mini.lab.evaluation import EvaluationSet
-from sd_mini.lab.prompts import Row, read_concepts
+from sd_mini.lab.prompts import Row
 from sd_mini.lab.settings import EvalAttack
 
-from .test_run import SMALL
+from .paper import SMALL
 
 SHOWS = ["nothing", "church", "boat", "house"]  # a picture of one number shows this
 
@@ -144,59 +139,9 @@ def test_ruined_pictures_are_neither_clean_nor_kept(sd, made):
     assert "erased: 75 % clean" in report.table({"original": figures, "erased": figures}, {})
 
 
-def test_the_inversion_learns_its_embedding_from_each_prompts_picture(sd, monkeypatch):
-    """v stands at the * alone, is Adam's last, and each loss pairs a prompt with its picture."""
-    table, losses, runs = sd.text_encoder.embeddings.token_embedding.weight, [], []
-    prompts, real = ["a photo of a *", "* a boat", "a * at night"], au.embedding_attack
-    targets = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    x_0, ids = sd.vae.encode(2 * targets - 1), sd.tokenize(prompts)
-
-    def context_of(rows, v):
-        where = (ids[rows] == sd.tokenizer("*").input_ids[1])[..., None]
-        return sd.encode_tokens(torch.where(where, v, table[ids[rows]]))
-
-    def loss(sd, x, t, noise, context):
-        losses.append((x, t, context.detach()))
-        return context.square().flatten(1).mean(1)
-
-    def embedding_attack(table, start, loss_of, attack):
-        runs.append((start, attack, [*real(table, start, loss_of, attack)]))
-        return runs[-1][2]
-
-    monkeypatch.setattr(au, "ddpm_loss", loss)
-    monkeypatch.setattr(au, "embedding_attack", embedding_attack)
-    config = replace(SMALL, eval_batch=2, eval_attack_steps=30)
-    found = au.inversion_attack(sd, prompts, targets, config)
-    [(start, attack, steps)] = runs
-    assert attack[1:4] == (30, config.eval_lr, 1) and len(losses) == 30
-    assert_close(found, context_of([0, 1, 2], steps[-1][0]))
-    assert (steps[-1][0] - table[start]).abs().max() > 0.05
-    assert max(int(t.max()) for _, t, _ in losses) > 900
-    used = set()
-    for v, (x, _, context) in zip([table[start], *(delta for delta, _ in steps)], losses):
-        rows = [int((each - x_0).flatten(1).abs().sum(1).argmin()) for each in x]
-        used |= {*rows}
-        assert_close(x, x_0[rows], rtol=1e-3, atol=1e-3)
-        assert_close(context, context_of(rows, v), rtol=1e-3, atol=1e-3)
-    assert used == {0, 1, 2}
-
-
-def test_each_row_of_the_comparison_changes_what_its_name_says(sd):
-    """All of them, for the toy's settings."""
-    config = au.Config(**{**settings.TOY, **au.TOY, "esd": (0.25, 0.5)})
-    layers = {n: dict(layers=n) for n in range(1, 5)}
-    without = dict(retain_weight=0.0, attack="none")
-    assert au.comparison_rows(sd, read_concepts("church"), config) == {
-        "original": None,
-        "ESD": dict(without, train="no_cross_attention", lr=0.25),
-        "ESD, text encoder": without,
-        "naive AT": dict(retain_weight=0.0),
-        "AdvUnlearn": {},
-        "AdvUnlearn, UNet": dict(train="unet"),
-        "AdvUnlearn, fast AT": dict(attack="fast"),
-        "AdvUnlearn, token attack": dict(attack="token"),
-        **{f"AdvUnlearn, layers {n}": changes for n, changes in layers.items()},
-        **{f"AdvUnlearn, gamma {gamma}": dict(retain_weight=gamma)
-           for gamma in (0.1, 0.3, 0.5, 0.7)},
-        "AdvUnlearn, retain unfiltered": dict(retain_unfiltered=True),
-        "AdvUnlearn, other retain set": dict(retain_set="photos")}
+def test_wilson_interval():
+    # Textbooks have the case of 0 successes: [0, z^2 / (n + z^2)].
+    low, high = evaluation.wilson(0, 24)
+    assert abs(low) < 1e-12 and abs(high - 1.96**2 / (24 + 1.96**2)) < 1e-12
+    low, high = evaluation.wilson(12, 24)
+    assert abs((low + high) / 2 - 0.5) < 1e-12 and 0.31 < low < 0.32

@@ -13,8 +13,9 @@ from sd_mini.lab import evaluation, experiment, prompts
 from sd_mini.lab.prompts import (evaluation_rows, folded, one_of, read_concepts, read_rows,
                                  training_prompts, without_concept)
 
+from .paper import SMALL
 from .test_faults import cli
-from .test_run import FLAGS, SMALL
+from .test_run import FLAGS
 
 LONG = "a church " * 12  # over the toy's 24 tokens
 WHOLE = "must be a whole number from 0 on"
@@ -143,8 +144,6 @@ def test_room_for_the_prefix_is_counted_to_the_token(sd, write):
     assert rows_for(sd, path, room=sd.context_length - tokens)
     with pytest.raises(ValueError, match="every prompt"):
         rows_for(sd, path, room=sd.context_length - tokens + 1)
-    longer = au.METHOD.attacks["longer"].room  # three tokens more than the others
-    assert longer(SMALL) == SMALL.eval_prefix + 3 == au.METHOD.attacks["token"].room(SMALL) + 3
 
 
 def test_a_concepts_file_and_templates_lose_them_too(sd, write, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""The outer loop and the command line, end to end on a small budget."""
+"""The command line, end to end on a small budget."""
 import ast
 import copy
 import json
@@ -18,148 +18,23 @@ import advunlearn as au
 import sd_mini
 from sd_mini.lab import evaluation, experiment, settings, tasks
 from sd_mini.lab.prompts import Row, read_concepts, without_concept
-from sd_mini.text_encoder import TextEncoder
 from sd_mini.weights import TOY
 
 from . import bench
 from .sd.reference import V1, write_model
+from .paper import PROMPTS, SMALL, changed
 
 ROOT = Path(au.__file__).parent
-SMALL = au.Config(**{**settings.TOY, **au.TOY, "steps": 6, "warmup": 2,
-                     "attack_steps": 2, "trajectories": 4, "trajectory_steps": 4,
-                     "erase_batch": 2, "retain_batch": 2, "retain_set": "photos",
-                     "device": "cpu", "model": "toy", "precision": "fp32"})
 FLAGS = ["--steps", "4", "--warmup", "1", "--erase-batch", "2",
          "--retain-batch", "2", "--attack-steps", "2", "--trajectories", "4",
          "--trajectory-steps", "3", "--retain-set", "photos", "--eval-prompts", "3",
          "--eval-utility", "3", "--eval-steps", "4", "--eval-attack-steps", "4",
          "--eval-looks", "2"]
-PROMPTS = ["church", "a photo of a church"], ["a photo of a house", "a boat"]
-
-
-def erase(sd, **changes):
-    """A small run -> (erased model, history of losses)."""
-    return au.advunlearn(sd, *PROMPTS, replace(SMALL, **changes))
 
 
 def main(*arguments):
     """The command line in this process -> exit status."""
     return tasks.run_task(au.METHOD, settings.parse(au.Config, [str(word) for word in arguments]))
-
-
-def changed(a, b):
-    """Names of the tensors in which two modules differ."""
-    pairs = zip(a.state_dict().items(), b.state_dict().items())
-    return {name for (name, x), (_, y) in pairs if not torch.equal(x, y)}
-
-
-# --- what is trained
-
-def test_whole_text_encoder_is_trained_and_nothing_else(sd):
-    before = copy.deepcopy((sd.text_encoder, sd.unet, sd.vae))
-    erased, _ = erase(sd, layers=0)
-    assert changed(sd.text_encoder, erased.text_encoder) == {
-        name for name in sd.text_encoder.state_dict() if not name.startswith("embeddings.")}
-    assert erased.unet is sd.unet and erased.vae is sd.vae
-    for module, original in zip((sd.text_encoder, sd.unet, sd.vae), before):
-        assert not changed(module, original)  # the frozen model's bytes
-        assert all(p.grad is None and not p.requires_grad for p in module.parameters())
-    assert not any(p.requires_grad for p in erased.text_encoder.parameters())
-
-
-@pytest.mark.parametrize("changes, trained", [
-    (dict(layers=0), ("encoder.layers.", "final_layer_norm.")),  # the published "whole"
-    (dict(layers=1), ("encoder.layers.0.",)),
-])
-def test_layers_are_trained_as_asked(sd, changes, trained):
-    erased, _ = erase(sd, **changes)
-    assert changed(sd.text_encoder, erased.text_encoder) == {
-        name for name in sd.text_encoder.state_dict() if name.startswith(trained)}
-
-
-def test_layers_are_chosen_by_index_not_by_name():
-    encoder = TextEncoder({"vocab_size": 5, "hidden_size": 4, "intermediate_size": 4,
-                           "num_hidden_layers": 12, "num_attention_heads": 1,
-                           "max_position_embeddings": 4})
-    model = sd_mini.StableDiffusion(None, encoder, None, None, None)
-    theta = au.parameters_to_train(model, replace(SMALL, layers=2))
-    first_two = [p for layer in encoder.encoder.layers[:2] for p in layer.parameters()]
-    assert {id(p) for p in theta} == {id(p) for p in first_two}
-    with pytest.raises(ValueError, match="--layers 13: this text encoder has 12"):
-        au.parameters_to_train(model, replace(SMALL, layers=13))
-
-
-def test_unet_is_trained_when_asked(sd):
-    erased, _ = erase(sd, train="unet", steps=3)
-    assert changed(sd.unet, erased.unet) == set(sd.unet.state_dict())
-    assert erased.text_encoder is sd.text_encoder
-
-
-@pytest.mark.parametrize("train, kept", [("cross_attention", True), ("no_cross_attention", False)])
-def test_cross_attention_alone_is_trained_or_left_out(sd, train, kept):
-    """ESD-x and ESD-u."""
-    erased, _ = erase(sd, train=train, steps=3)
-    wanted = {name for name in sd.unet.state_dict() if (".attn2." in name) == kept}
-    assert changed(sd.unet, erased.unet) == wanted != set()
-
-
-@pytest.mark.parametrize("attack", ["embedding", "token", "fast", "none"])
-def test_every_attack_trains(sd, attack):
-    _, history = erase(sd, attack=attack, steps=3, warmup=1)
-    assert len(history) == 3 and history[0]["attack"] is None  # no attack in warm-up
-    assert (attack == "none") == (history[-1]["attack"] is None)
-    assert all(losses["erase"] > 0 and losses["retain"] >= 0 for losses in history)
-
-
-def test_first_step_loss_is_the_closed_form(sd):
-    """At theta = theta_o, without attack:
-
-    ||eps_c - (eps_e - eta (eps_c - eps_e))||^2 = (1 + eta)^2 ||eps_c - eps_e||^2; retain loss 0.
-    """
-    config = replace(SMALL, steps=1, attack="none", eta=2.0)
-    draw = au.trajectory_bank(sd, PROMPTS[0], config)
-    [z] = draw(config.erase_batch, torch.Generator().manual_seed(0))
-    expected = 9 * au.squared_error(z.eps_c, z.eps_empty).mean()
-    _, [losses] = erase(sd, steps=1, attack="none", eta=2.0)
-    assert losses["erase"] == pytest.approx(expected.item(), rel=1e-3)
-    assert losses["retain"] < 1e-9
-
-
-# --- trajectories
-
-def test_bank_holds_what_the_frozen_model_predicts(sd):
-    prompts = ["a church", "a photo of a church"]
-    draw = au.trajectory_bank(sd, prompts, SMALL)
-    [z] = draw(8, torch.Generator().manual_seed(0))
-    for eps, texts in ((z.eps_c, [prompts[i] for i in z.prompt]), (z.eps_empty, [""] * 8)):
-        predicted = sd.predict_noise(z.x_t, z.t, sd.encode_prompt(texts))
-        torch.testing.assert_close(predicted, eps, rtol=1e-3, atol=1e-4)
-
-
-def test_bank_holds_every_prompt(sd):
-    config = replace(SMALL, trajectories=1, trajectory_steps=2)
-    draw = au.trajectory_bank(sd, ["a church", "a boat", "a house"], config)
-    assert set(draw(60, torch.Generator().manual_seed(0))[0].prompt.tolist()) == {0, 1, 2}
-
-
-def test_fresh_trajectories_draw_the_same_kind_of_latents(sd):
-    prompts = ["a church", "a photo of a church"]
-    draw = au.sample_afresh(sd, prompts, SMALL)
-    [z] = draw(6, torch.Generator().manual_seed(0))
-    drawn = {t for seed in range(20)
-             for t in draw(1, torch.Generator().manual_seed(seed))[0].t.tolist()}
-    assert drawn == set(sd.schedule.timesteps(SMALL.trajectory_steps))  # any step, also the last
-    context = sd.encode_prompt([prompts[i] for i in z.prompt])
-    predicted = sd.predict_noise(z.x_t, z.t, context)
-    assert len(z.t) == 6
-    torch.testing.assert_close(predicted, z.eps_c, rtol=1e-3, atol=1e-4)
-
-
-def test_bank_saves_unet_evaluations(sd):
-    bank, fresh = bench.counted(sd), bench.counted(sd)
-    erase(bank, steps=4)
-    erase(fresh, steps=4, fresh_trajectories=True)
-    assert 0 < sum(bank.work) < sum(fresh.work)
 
 
 def test_retain_set_loses_prompts_that_name_the_concept():
@@ -257,17 +132,6 @@ def test_a_text_encoder_that_the_other_model_had_tuned_is_replaced_with_a_note(
 
 # --- work and memory
 
-@pytest.mark.parametrize("changes", [
-    {}, {"attack": "none", "retain_weight": 0.0}, {"erase_batch": 3, "retain_batch": 4}])
-def test_unet_evaluations_are_those_of_the_formula(sd, changes):
-    """The bench's closed form against the hook's count; afresh, against the mean of drawn runs."""
-    config = replace(SMALL, warmup=1, steps=3, **changes)
-    counted = bench.iterations(sd, config)[1]
-    assert counted == pytest.approx(bench.schedule(config, (1, 2)))
-    fresh = replace(config, fresh_trajectories=True)
-    assert bench.iterations(sd, fresh)[1] == pytest.approx(bench.schedule(fresh), rel=0.35)
-
-
 def test_evaluation_takes_the_evaluations_of_the_formula(sd, monkeypatch, tmp_path):
     """To a classifier that sees nothing no attack succeeds: the bench's worst case."""
     monkeypatch.setattr(evaluation, "shown", lambda classifier, pictures, rows: [False] * len(rows))
@@ -304,11 +168,15 @@ def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
     assert re.match(r"[\d.]+ minutes, ", bench.bench_v1_run()[0])
 
 
-def test_low_memory_gives_the_same_losses_and_weights(sd):
-    frugal = replace(sd, unet=copy.deepcopy(sd.unet))
-    sd_mini.recompute_activations(frugal.unet)
-    (a, losses_a), (b, losses_b) = erase(sd, steps=3), erase(frugal, steps=3)
-    assert losses_a == losses_b and not changed(a.text_encoder, b.text_encoder)
+def test_low_memory_gives_the_same_gradients(sd):
+    frugal, grads = copy.deepcopy(sd.unet), []
+    sd_mini.recompute_activations(frugal)
+    x_t, context = torch.randn(1, *sd.latent_shape), sd.encode_prompt(["a church"])
+    for unet in (sd.unet, frugal):
+        given = context.clone().requires_grad_()
+        loss = replace(sd, unet=unet).predict_noise(x_t, 500, given).square().mean()
+        grads.append(torch.autograd.grad(loss, given)[0])
+    assert torch.equal(*grads)
 
 
 def test_a_picture_that_is_not_finite_ends_the_run(sd):

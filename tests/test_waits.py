@@ -1,93 +1,15 @@
-"""What a GPU needs and a CPU can show: no wait for the host, half precision, compiling.
-
-A tensor of the meta device has no values, so every read of one and every copy to the host fails.
-"""
+"""What a GPU needs and a CPU can show: half precision, compiling."""
 import copy
 from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import advunlearn as au
 from sd_mini import half
 from sd_mini.lab import experiment, runs
 
-from .test_run import PROMPTS, SMALL, erase
-
-READS = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero")  # .item(), bool(x), x[mask], ...
-
-
-class Reads(TorchDispatchMode):
-    """Counts reads of values. Adam's do not count: its step number is on the host anyway."""
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.count, self.off = 0, False
-        tolist, step = torch.Tensor.tolist, torch.optim.Adam.step
-
-        def counted(tensor):
-            self.count += 1
-            return tolist(tensor)
-
-        def silent(*arguments):
-            self.off = True
-            step(*arguments)
-            self.off = False
-
-        monkeypatch.setattr(torch.Tensor, "tolist", counted)
-        monkeypatch.setattr(torch.optim.Adam, "step", silent)
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        self.count += function.overloadpacket.__name__ in READS and not self.off
-        return function(*arguments, **(keywords or {}))
-
-
-@pytest.fixture
-def without_values(sd):
-    """The model and a bank on the meta device."""
-    networks = {name: copy.deepcopy(getattr(sd, name)).to("meta")
-                for name in ("text_encoder", "unet", "vae")}
-    return replace(sd, **networks, schedule=copy.deepcopy(sd.schedule))
-
-
-@pytest.mark.parametrize("kind", ["embedding", "fast", "token"])
-def test_no_step_of_the_inner_attack_reads_a_value(without_values, sd, generator, kind):
-    config = replace(SMALL, attack=kind, attack_steps=3)
-    attack = au.training_attack(config)
-    _, *latents = au.trajectory_bank(sd, PROMPTS[0], config)(2, generator, 1 + attack.steps)
-    latents = [au.Latents(*(column.to("meta") for column in z)) for z in latents]
-    ids = sd.tokenize(PROMPTS[0]).to("meta")
-    delta, loss = au.adversarial_prefix(without_values, ids, latents, attack, generator)
-    assert delta.device == loss.device == torch.device("meta")
-
-
-def test_what_is_drawn_goes_to_the_device_without_a_read(without_values, sd, monkeypatch):
-    sampled = au.sample_latents(sd, ["a church"] * 4, range(4), 4)
-    monkeypatch.setattr(au, "sample_latents", lambda *_: sampled)
-    draw = au.trajectory_bank(without_values, ["a church"], replace(SMALL, trajectories=4))
-    assert {column.device.type for z in draw(3, torch.Generator(), 2) for column in z} == {"meta"}
-
-
-@pytest.mark.parametrize("kind", ["token", "longer", "embedding"])
-def test_an_evaluation_attack_reads_nothing_before_it_looks(without_values, kind):
-    calls, model = [], without_values
-    model.unet.register_forward_hook(lambda *_: calls.append(1))
-    config = replace(SMALL, eval_prefix=2, eval_attack_steps=7, eval_looks=1)
-    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
-        au.METHOD.attacks[kind].search(model, ["a church", "a boat"],
-                                torch.rand(2, 3, 64, 64, device="meta"), None, config)
-    assert len(calls) == 7
-
-
-def test_an_iteration_reads_its_losses_at_once_and_an_attack_step_nothing(sd, monkeypatch):
-    counts = []
-    for steps, attack_steps in ((2, 2), (4, 2), (2, 4)):
-        with Reads(monkeypatch) as reads:
-            erase(sd, steps=steps, warmup=1, attack_steps=attack_steps)
-        counts.append(reads.count)
-        monkeypatch.undo()
-    assert counts[1] - counts[0] == 2 and counts[2] == counts[0]
+from .paper import SMALL
 
 
 # --- half precision

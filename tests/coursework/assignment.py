@@ -106,7 +106,7 @@ def make(out, only=()):
     chosen = {number: exercise for number, exercise in EXERCISES.items()
               if not only or number in only}
     # Lists of wrong versions hold the right lines too.
-    solved = ("mutants.py", "test_behaviour.py", "test_differences.py", "test_assignment.py")
+    solved = ("mutants.py", "paper", "test_mutants.py", "test_assignment.py")
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip", *solved)
     for name in ("sd_mini", "prompts", "tests"):
         shutil.copytree(ROOT / name, out / name, ignore=ignore)

@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from .test_run import erase
+from . import erase
 
 # (erase, attack, retain) of each iteration.
 LOSSES = {
@@ -22,7 +22,7 @@ LOSSES = {
 
 
 def test_picture(sd):
-    pinned = matplotlib.image.imread(Path(__file__).parent / "pictures/church.png")
+    pinned = matplotlib.image.imread(Path(__file__).parent.parent / "pictures/church.png")
     expected = torch.from_numpy(pinned)[..., :3]
     drawn = sd.sample(["a photo of a church"], seed=3, guidance=4)[0].permute(1, 2, 0)
     assert (drawn - expected).abs().max() < 3 / 255
