@@ -119,7 +119,7 @@ MUTANTS = [  # (what is wrong, file, text that stands there once, wrong text, te
     ("token attack: does not project onto the simplex", A,
      "            p.copy_(project_simplex(p))\n", "            p.clamp_(min=0)\n", DRAWN),
     ("projection onto the simplex: one coordinate too many", A,
-     "(u > excess).sum(-1, keepdim=True) - 1", "(u > excess).sum(-1, keepdim=True)",
+     "(u > taus).sum(-1, keepdim=True) - 1", "(u > taus).sum(-1, keepdim=True)",
      "paper/attack"),
     ("prefix: behind the prompt's first token", A,
      "cat([tokens[:, :1], delta, tokens[:, 1 :", "cat([tokens[:, :2], delta, tokens[:, 2 :",

@@ -53,11 +53,11 @@ MUTANTS = {  # exercise -> what stands in the source, and what a student might w
             "delta.clamp_(-attack.radius, attack.radius)"]),
         ("delta_0 = table[start].detach().float()", [
             "delta_0 = 0 * table[start].detach().float()"])],
-    7: [("return (v - excess.gather(-1, last)).clamp(min=0)", [
+    7: [("return (v - taus.gather(-1, last)).clamp(min=0)", [
             "return v.clamp(min=0) / v.clamp(min=0).sum(-1, keepdim=True)",
             "return v.softmax(-1)"]),
-        ("last = (u > excess).sum(-1, keepdim=True) - 1", [
-            "last = (u > excess).sum(-1, keepdim=True) * 0"]),
+        ("last = (u > taus).sum(-1, keepdim=True) - 1", [
+            "last = (u > taus).sum(-1, keepdim=True) * 0"]),
         ("u = v.sort(dim=-1, descending=True).values", [
             "u = v.sort(dim=0, descending=True).values"])],
     8: [("losses = loss_of(hard + (soft - soft.detach()), step)", ["losses = loss_of(soft, step)"]),

@@ -50,7 +50,7 @@ def test_flags_are_typed_and_in_range():
 
 @pytest.mark.parametrize("changes, given, named", [
     (dict(steps=5, warmup=5), {}, "--warmup"), (dict(attack="token"), {"attack_lr"}, "--attack"),
-    (dict(attack="token"), {"attack_radius"}, "--attack"), (dict(eval_looks=999), {}, "--eval"),
+    (dict(attack="token"), {"attack_radius"}, "--attack"),
     (dict(task="compare"), {"attack"}, "--task"), (dict(task="compare"), {"train"}, "--task"),
     (dict(steps=5, warmup=4), {}, None), (dict(steps=5, warmup=5, attack="none"), {}, None),
     (dict(attack="token"), {"token_lr"}, None), ({}, {"attack_lr", "attack", "train"}, None)])
@@ -101,7 +101,7 @@ def test_each_row_of_the_comparison_changes_what_its_name_says(tiny, concept, co
         "ESD, text encoder": without,
         "naive AT": dict(retain_weight=0.0),
         "AdvUnlearn": {},
-        "AdvUnlearn, UNet": dict(train="unet"),
+        "AdvUnlearn, UNet": dict(train="unet", lr=config.esd[0]),
         "AdvUnlearn, fast AT": dict(attack="fast"),
         "AdvUnlearn, token attack": dict(attack="token"),
         **{f"AdvUnlearn, layers {'all' if n == '0' else n}": dict(layers=int(n)) for n in layers},
