@@ -17,8 +17,9 @@ from sd_mini.lab import (classifiers, compare, evaluation, experiment, prompts, 
                          settings, tasks)
 from sd_mini.toy import classifier, train, world
 
-from . import assignment, bench
-from .test_run import FLAGS, ROOT
+from . import bench
+from .coursework import assignment
+from .lab.test_run import FLAGS, ROOT
 
 NAMES = ("README.md", "TUTORIAL.md", "sd_mini/README.md", "sd_mini/toy/README.md",
          "sd_mini/lab/README.md")
@@ -88,7 +89,7 @@ def test_commands_of_the_method_run(tmp_path):
 OTHERS = {
     "python -m tests.bench": " evaluations", "python -m tests.coursework --out ../homework": "",
     "pip install -r requirements.txt": None, "pytest": None, "python tests/versions.py": None,
-    "KILLS=20 pytest tests/test_faults.py -k killed": None,
+    "KILLS=20 pytest tests/lab/test_faults.py -k killed": None,
     "python -m sd_mini.toy.train --out my-toy": None, "python -m sd_mini.toy.train --check": None}
 
 
@@ -148,7 +149,7 @@ def test_pictures_are_there_and_small():
 MODULES = [au, au.Config, sd_mini, sd_mini.StableDiffusion, schedule.Schedule, files, pipeline,
            weights, lab, lab.Method, classifiers, compare, evaluation, experiment, prompts,
            report, runs, settings, tasks, classifier, train, world, assignment, bench]
-OTHER_FLAGS = {"--help", "--check", "--out", "--exercise", "--grade-seed", "--only", "--score",
+OTHER_FLAGS = {"--draw", "--help", "--check", "--out", "--exercise", "--grade-seed", "--only", "--score",
                "--index-url", "--model", "--seed"}
 # Words in code type that are no names of ours.
 LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guidance", "eps_empty",

@@ -13,7 +13,7 @@ from sd_mini.lab import evaluation, experiment, prompts
 from sd_mini.lab.prompts import (evaluation_rows, folded, one_of, read_concepts, read_rows,
                                  training_prompts, without_concept)
 
-from .paper import SMALL
+from ..paper import SMALL
 from .test_faults import cli
 from .test_run import FLAGS
 

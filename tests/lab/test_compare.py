@@ -18,8 +18,8 @@ from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import (PROMPTS, Row, evaluation_rows, read_concepts, read_csv, read_rows,
                                  training_prompts, without_concept)
 
-from . import bench
-from .paper import SMALL
+from .. import bench
+from ..paper import SMALL
 from .test_run import FLAGS, ROOT, main
 
 CONCEPTS = ["church", "garbage truck", "parachute", "tench", "van gogh"]

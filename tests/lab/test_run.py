@@ -18,11 +18,10 @@ import advunlearn as au
 import sd_mini
 from sd_mini.lab import evaluation, experiment, settings, tasks
 from sd_mini.lab.prompts import Row, read_concepts, without_concept
-from sd_mini.weights import TOY
 
-from . import bench
-from .sd.reference import V1, write_model
-from .paper import PROMPTS, SMALL, changed
+from .. import bench
+from ..paper import PROMPTS, SMALL, changed
+from ..sd.reference import V1, write_model
 
 ROOT = Path(au.__file__).parent
 FLAGS = ["--steps", "4", "--warmup", "1", "--erase-batch", "2",
@@ -147,25 +146,9 @@ def test_evaluation_takes_the_evaluations_of_the_formula(sd, monkeypatch, tmp_pa
 
 
 def test_rows_at_full_size_are_left_out_without_a_gpu(monkeypatch):
-    """... and with one are filled; here small networks on the CPU stand in for it."""
     monkeypatch.setattr(bench, "GPU", None)
     rows = [row for name, row in bench.ROWS.items() if name.startswith("v1")]
     assert len(rows) == 6 and {row()[0] for row in rows} == {"no GPU here"}
-    monkeypatch.setattr(bench, "GPU", "cpu")
-    monkeypatch.setattr(bench, "PAPER", replace(bench.PAPER, attack_steps=1, trajectory_steps=2))
-    configs = {part: sd_mini.read_json(TOY / part / "config.json") for part in bench.V1}
-    monkeypatch.setattr(bench, "V1", configs)
-    pattern = r"[\d.]+ \(.*\) s against [\d.]+ \(.*\) s: [\d.]+ times less"
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda network: None)  # takes minutes
-    for row in (bench.bench_v1_iteration, bench.bench_v1_compile):
-        assert re.fullmatch(pattern, row(repeats=1)[0])
-    assert re.fullmatch(pattern.replace("times less", "times").replace(r"\(.*\) s:", r"s for .*:"),
-                        bench.bench_v1_limit(repeats=1)[0])
-    flags = ["--steps", "2", "--warmup", "1", "--attack-steps", "1", "--trajectory-steps", "1",
-             "--trajectories", "1", "--eval-prompts", "1", "--eval-utility", "2", "--eval-steps",
-             "1", "--eval-attack-steps", "1", "--eval-looks", "1"]
-    monkeypatch.setattr(bench, "RUN_FLAGS", flags)
-    assert re.match(r"[\d.]+ minutes, ", bench.bench_v1_run()[0])
 
 
 def test_low_memory_gives_the_same_gradients(sd):
@@ -196,10 +179,11 @@ def test_half_precision_is_for_what_is_not_trained(sd):
     assert not changed(half.text_encoder, sd.text_encoder)
     assert half.dtype == torch.bfloat16 and 0 < (rounded - exact).norm() / exact.norm() < 0.02
     for train in ("text_encoder", "unet"):
-        config = replace(SMALL, train=train, steps=3, warmup=1, retain_weight=1.0)
+        config = replace(SMALL, train=train, steps=2, warmup=1, erase_batch=1, retain_batch=1,
+                         attack_steps=1, trajectories=1, trajectory_steps=2)
         trained, history = au.advunlearn(half, *PROMPTS, config)
         assert all(p.dtype == torch.float32 for p in getattr(trained, train).parameters())
-        assert len(history) == 3 and trained.sample(["a church"], steps=2).isfinite().all()
+        assert len(history) == 2 and trained.sample(["a church"], steps=2).isfinite().all()
 
 
 def test_default_run_takes_a_twelfth_of_the_published_evaluations():

@@ -9,7 +9,7 @@ from sd_mini.lab.evaluation import EvaluationSet
 from sd_mini.lab.prompts import Row
 from sd_mini.lab.settings import EvalAttack
 
-from .paper import SMALL
+from ..paper import SMALL
 
 SHOWS = ["nothing", "church", "boat", "house"]  # a picture of one number shows this
 

@@ -9,7 +9,7 @@ import advunlearn as au
 from sd_mini import half
 from sd_mini.lab import experiment, runs
 
-from .paper import SMALL
+from ..paper import SMALL
 
 
 # --- half precision
