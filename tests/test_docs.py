@@ -149,8 +149,8 @@ def test_pictures_are_there_and_small():
 MODULES = [au, au.Config, sd_mini, sd_mini.StableDiffusion, schedule.Schedule, files, pipeline,
            weights, lab, lab.Method, classifiers, compare, evaluation, experiment, prompts,
            report, runs, settings, tasks, classifier, train, world, assignment, bench]
-OTHER_FLAGS = {"--draw", "--help", "--check", "--out", "--exercise", "--grade-seed", "--only", "--score",
-               "--index-url", "--model", "--seed"}
+OTHER_FLAGS = {"--help", "--check", "--out", "--exercise", "--grade-seed", "--only", "--score",
+               "--index-url", "--model", "--seed", "--draw"}
 # Words in code type that are no names of ours.
 LITERAL = {"config", "main", "toy", "church", "eta", "alpha_bar", "noise", "guidance", "eps_empty",
            "details", "results", "erased", "token", "prompt", "evaluation_seed", "sd_mini",

@@ -120,7 +120,8 @@ def test_it_gets_rows_of_a_comparison(tmp_path, capsys):
     head = next(i for i, line in enumerate(lines) if line.startswith("%"))
     assert lines[head].split()[:4] == ["%", "pre", "2in", "all"]
     assert "the same or broken by two words" in (tmp_path / "table.md").read_text()
-    assert [line.split("  ")[0] for line in lines[head + 1 : head + 4]] == ["original", "mine", "mine, weak"]
+    first = [line.split("  ")[0] for line in lines[head + 1 : head + 4]]
+    assert first == ["original", "mine", "mine, weak"]
     configs = [json.loads((tmp_path / row / "seed-0/results.json").read_text())["config"]
                for row in ("mine", "mine+_weak")]
     assert [config["strength"] for config in configs] == [1.0, 0.1]
