@@ -68,7 +68,7 @@ def esd_target(eps_c, eps_empty, eta):
 
         eps_o(x_t | empty) - eta * (eps_o(x_t | c) - eps_o(x_t | empty))
 
-    Any shapes that match. Source: Gandikota et al. 2023 (ESD), equation 6.
+    Any shapes that match. Source: Gandikota et al. 2023 (ESD).
     """
     return eps_empty - eta * (eps_c - eps_empty)
 
