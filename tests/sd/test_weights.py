@@ -36,6 +36,7 @@ def test_a_part_is_read_back_bit_for_bit(part, tmp_path):
     assert load_file(path).keys() == {prefix + name for name in network.state_dict()}
     assert "torch_dtype" not in json.loads((tmp_path / "config.json").read_text())
     sd_mini.save_part(network, tmp_path, part, torch.float16)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     half = sd_mini.load_part(tmp_path, part, dtype=torch.float16)
     assert_same(half, copy.deepcopy(network).half())
 
