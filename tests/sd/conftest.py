@@ -2,7 +2,9 @@ import shutil
 
 import pytest
 
-from .reference import V1, write_model
+pytest.register_assert_rewrite("tests.sd.reference")  # a failure shows its values
+
+from .reference import V1, write_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")

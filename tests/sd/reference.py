@@ -109,9 +109,12 @@ def opened(folder):
     return pipeline
 
 
-def assert_same_picture(sd, reference, prompt="a photo of a church", steps=10):
-    """Both draw the same from the same noise, and more than one colour."""
+def assert_same_picture(sd, reference, prompt="a photo of a church", steps=4, guidance=3.0):
+    """Both draw the same from the same noise, and more than one colour.
+
+    Random networks are chaotic: many steps or much guidance would enlarge the last digits.
+    """
     expected = reference(prompt, latents=sd.initial_noise([5]), num_inference_steps=steps,
-                         output_type="pt").images
+                         guidance_scale=guidance, output_type="pt").images
     assert expected.std() > 0.05
-    assert (sd.sample([prompt], 5, steps, 7.5) - expected).abs().max() < 1e-3
+    assert (sd.sample([prompt], 5, steps, guidance) - expected).abs().max() < 1e-3

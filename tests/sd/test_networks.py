@@ -94,7 +94,7 @@ def test_full_size_names_shapes_and_counts(part, reference, count):
 
 def test_the_toy_draws_as_the_reference_does(sd):
     reference = opened(TOY)
-    assert_same_picture(sd, reference, "a painting of a red boat by van gogh")
+    assert_same_picture(sd, reference, "a painting of a red boat by van gogh", 10, 7.5)
     prompts = ["A photo of a  Garbage Truck, at night!", "", "zyzzyva é 42", "tree " * 40]
     expected = reference.tokenizer(prompts, padding="max_length", truncation=True,
                                    return_tensors="pt").input_ids

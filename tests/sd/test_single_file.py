@@ -42,6 +42,10 @@ def test_the_reference_converts_each_tensor_to_its_place(v1, layers):
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[k].reshape(expected[k].shape), expected[k]) for k in expected)
     assert len(tensors) == sum(map(len, converted.values()))
+    for n, place in ((1, 1), (2, 2), (3, 2)):  # the reference takes either; attention stands before
+        block = f"model.diffusion_model.output_blocks.{n * (layers + 1) - 1}"
+        assert f"{block}.{place}.conv.weight" in tensors
+    assert all(t.dim() in (1, 4) for k, t in tensors.items() if ".attn_1." in k)  # 1x1 convolutions
 
 
 def of_others(tensors):

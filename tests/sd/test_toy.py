@@ -171,7 +171,11 @@ def test_the_vae_learns_pictures_of_both_looks(stage, work, monkeypatch):
     assert len(seen) > 40 and min(seen) < 40 <= max(seen)
 
 
-def test_clip_picks_each_pictures_caption(stage, work, sd):
+def test_clip_picks_each_pictures_caption(stage, work, sd, monkeypatch):
+    """Many pictures share a caption, and then the target."""
+    frames = "a photo of a {}", "a {}", "a sketch of a {}", "{} by van gogh"
+    monkeypatch.setattr(
+        world, "caption", lambda scene, rng: rng.choice(frames).format(scene.object))
     clip, loss_of = stage(train.train_clip)
     seen = {}
     for name in clip:
@@ -182,7 +186,8 @@ def test_clip_picks_each_pictures_caption(stage, work, sd):
     (ids, context), (pictures, features) = seen["text"], seen["picture"]
     which, distance = nearest(pictures, images)
     texts = [text.strip() for text in sd.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    assert distance.max() < 0.01 and len(set(which)) > 30 and len(set(texts)) > 80
+    assert distance.max() < 0.01 and len(set(which)) > 30
+    assert len(set(texts)) < 50 < 60 < len(set(zip(which, texts)))
     assert all(text in captions[i] for text, i in zip(texts, which))
     last, projected = seen["projection"]  # of the end token, behind the words
     assert all(torch.equal(last[row], context[row, 1 + len(text.split())])

@@ -36,6 +36,7 @@ def test_a_part_is_read_back_bit_for_bit(part, tmp_path):
     assert load_file(path).keys() == {prefix + name for name in network.state_dict()}
     assert "torch_dtype" not in json.loads((tmp_path / "config.json").read_text())
     sd_mini.save_part(network, tmp_path, part, torch.float16)
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float16}
     half = sd_mini.load_part(tmp_path, part, dtype=torch.float16)
     assert_same(half, copy.deepcopy(network).half())
 
@@ -162,7 +163,7 @@ def without(name):
 ])
 def test_tensors_are_strict_and_named(folder, part, damage, message):
     rewrite(folder / WEIGHTS[part], damage)
-    line = refusal(sd_mini.load, folder)
+    line = refusal(sd_mini.load_part, folder / part, part)
     assert f"{folder / WEIGHTS[part]}: tensor {message}" in line, line
 
 
