@@ -1,5 +1,6 @@
 """Who says what a picture shows: compared with the reference library, on small random networks."""
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,13 @@ import torch
 import transformers
 from torch.testing import assert_close
 
-from sd_mini.lab import classifiers
+from sd_mini.lab import classifiers, evaluation
 from sd_mini.lab.classifiers import (ToyClassifier, ToyCLIPScore, frechet_distance, load_classifier,
                                      load_clip_score, preparation, split_source)
+from sd_mini.lab.prompts import read_concepts
 from sd_mini.toy import world
+
+from ..paper import SMALL
 
 NORMAL = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3}
 PROCESSORS = {  # as models of these kinds have it, smaller
@@ -111,6 +115,18 @@ def test_a_clip_scores_and_chooses_as_the_reference_does(saved, sd, pictures):
     assert classifier.names(pictures) == names and len({*map(str, names)}) > 1
     assert_close(classifier.features(pictures), out.image_embeds)
     assert called == {"church": "a Church"} and all(text in classifier.rule for text in texts)
+
+
+def test_a_clip_is_told_all_labels_of_the_evaluation(saved, sd, write):
+    """Else a prompt that is labelled otherwise than the concept could never count as shown."""
+    config = replace(SMALL, model="some/model", clip_score="none",
+                     eval_set=str(write("prompt,label\na minster,a minster\na church,\n")),
+                     classifier=f"{saved / 'clip'}:a church building")
+    found = evaluation.load_evaluation_set(sd, read_concepts("church"), config)
+    assert [row.label for row in found.rows] == ["a minster", "a church building"]
+    labels = {row.label for part in evaluation.PARTS for row in getattr(found, part)}
+    assert found.classifier.choices == sorted(labels) and "tabby" in labels
+    assert found.clip_score is None and {row.label for row in found.paraphrases} < labels
 
 
 def test_a_label_that_is_not_known_is_refused_with_those_that_are(saved, sd):

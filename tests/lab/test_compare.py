@@ -5,15 +5,12 @@ import subprocess
 import sys
 
 import pytest
-import torch
-import transformers
 from safetensors.torch import load_file
 
 from sd_mini.lab import compare, report, runs
 from sd_mini.lab.evaluation import rate_of
 
-from ..sd.reference import V1, write_model
-from . import LAB, ROOT, TOY, main
+from . import LAB, ROOT, TOY
 from .test_own_method import METHOD, run
 
 COMPARE = ["--task", "compare", "--out"]
@@ -36,11 +33,9 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(drawn, t
     assert [(c.strength, c.lr, c.seed, c.eval_attacks) for c in trained] == [
         (1.0, 0.02, 0, ("mine", "all")), (0.1, 0.001, 0, ("mine", "all"))]
     lines = capsys.readouterr().out.splitlines()
-    assert all(len(line) <= 80 for line in lines)
-    head = next(i for i, line in enumerate(lines) if line.startswith("%"))
-    assert lines[head].split()[:4] == ["%", "pre", "2in", "all"]
-    first = [line.split("  ")[0] for line in lines[head + 1 : head + 4]]
-    assert first == ["original", "mine", "mine, weak"]
+    [head] = [i for i, line in enumerate(lines) if line.split()[:4] == ["%", "pre", "2in", "all"]]
+    assert [line.split("  ")[0] for line in lines[head + 1 :]][:3] == [
+        "original", "mine", "mine, weak"] and all(len(line) <= 80 for line in lines)
     assert "the same or broken by two words" in (out / "table.md").read_text()
     assert all((out / name).stat().st_size > 5000 for name in ("compare.png", "tradeoff.png"))
 
@@ -64,8 +59,6 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(drawn, t
     assert run(*flags, "--seed", "2", "--methods", "original", "--eval-steps", "2") == 0
     assert f"{out}/mine/seed-1, run with eval_steps 1 -> 2" in capsys.readouterr().out
     assert [*read(out / "results.json")["seeds"]] == ["original"]
-    assert run(*flags, "--seed", "2", "--methods", "original") == 2  # it was run with 2 steps
-    assert "eval_steps 2 -> 1" in capsys.readouterr().err
 
 
 def test_pooled_rates_and_their_intervals_are_of_all_prompts_of_all_seeds():
@@ -110,40 +103,9 @@ def test_two_processes_fill_one_table(tmp_path):
 
 
 @pytest.mark.parametrize("esd, other, wanted", [
-    ("sb-bb", "b----", [1, 3, 4]), ("--b--", "b----", [2, 0, 1]), ("-----", "-b---", [1, 0, 2]),
-    ("-----", "", [0, 1, 2]), ("", "", [0, 1, 2])])
-def test_the_picture_shows_what_the_attack_breaks_in_the_first_row(esd, other, wanted):
-    """The first three broken in the first row; never what shows the concept without attack."""
+    ("sb-bb", "b----", [1, 3, 4]), ("--b--", "b----", [2, 0, 1]), ("-----", "-b---", [1, 0, 2])])
+def test_the_picture_shows_what_is_broken_in_the_first_row_that_is(esd, other, wanted):
     found = {name: {"seed-0": {"details": {"mine": [
         {"without_attack": each == "s", "broken": each == "b"} for each in broken]}}}
         for name, broken in (("original", "ssssb"), ("ESD", esd), ("other", other))}
     assert compare.shown_prompts(found, "seed-0", "mine") == wanted
-
-
-def test_nudity_from_retain_set_to_table(tmp_path, capsys):
-    """On a model of the real architecture: ESD-x, its own prompts, filter and label."""
-    length = dict(V1["text_encoder"], max_position_embeddings=77)
-    write_model(tmp_path / "model", {**V1, "text_encoder": length})
-    path = tmp_path / "model/tokenizer/tokenizer_config.json"
-    path.write_text(json.dumps({**read(path), "model_max_length": 77}))
-    names = {0: "normal", 1: "nsfw"}
-    transformers.ResNetForImageClassification(transformers.ResNetConfig(
-        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=names,
-        label2id={name: i for i, name in names.items()})).save_pretrained(tmp_path / "judge")
-    (tmp_path / "judge/preprocessor_config.json").write_text(json.dumps(
-        {"size": {"shortest_edge": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
-    assert main(*COMPARE, tmp_path, "--methods", "ESD", "--concept", "nudity", "--clip-score",
-                "none", "--model", tmp_path / "model", "--retain-set", "imagenet",
-                "--classifier", f"{tmp_path}/judge:nsfw") == 0
-    assert "concept: a photo of an ear, a photo of a bikini, " in capsys.readouterr().out
-
-    folder, name = tmp_path / "esd/seed-0", "unet/diffusion_pytorch_model.safetensors"
-    before, after = (load_file(place / name) for place in (tmp_path / "model", folder))
-    moved = [key for key, tensor in after.items() if not torch.equal(tensor, before[key])]
-    assert len(moved) > 9 and all(".attn2." in key for key in moved)
-    run = read(folder / "results.json")
-    assert (run["config"]["layers"], run["config"]["train"]) == (0, "cross_attention")
-    assert run["classifier"]["name"] == f"{tmp_path}/judge@local"
-    rows = run["results"]["ESD"]["details"]["rows"]
-    assert rows[0]["prompt"] == "The Birth of Venus by Sandro Botticelli"
-    assert [row["label"] for row in rows] == ["nsfw"] * 2

@@ -1,5 +1,4 @@
 """What the figures of an evaluation are made of: on models and rows made by hand."""
-import copy
 import math
 from dataclasses import replace
 
@@ -81,12 +80,10 @@ def test_each_picture_has_its_own_seed_guidance_and_context(made):
         ([2, 2], [40, 41], 7, [5, 5]), ([3], [42], 7, [5])]
 
 
-def test_a_picture_that_is_not_finite_ends_the_run(sd):
+def test_a_picture_that_is_not_finite_ends_the_run(made):
     """A classifier would take it for something."""
-    broken = replace(sd, vae=copy.deepcopy(sd.vae))
-    broken.vae.decoder.conv_out.bias.fill_(math.nan)
     with pytest.raises(ArithmeticError):
-        evaluation.draw_rows(broken, rows("church 1"), replace(SMALL, eval_steps=1))
+        evaluation.draw_rows(made[0], rows("church 1", "church nan"), CONFIG)
 
 
 def test_rates_count_what_they_say(made, tmp_path):
@@ -109,24 +106,22 @@ def test_rates_count_what_they_say(made, tmp_path):
     assert drawn["utility"].flatten().tolist() == [2, 2, 3, 0]
     attacks = {"one": EvalAttack(attack), "two": EvalAttack(attack)}
     figures, pictures = evaluation.evaluate(numbers, attacks, prompts, drawn, CONFIG, tmp_path)
-    rates = {name: figure for name, figure in figures.items()
-             if isinstance(figure, dict) and "rate" in figure}
-    assert rates == {name: rate_of(*counts) for name, counts in {
-        "pre_attack_asr": (1, 4), "one_asr": (2, 4), "paraphrase_asr": (2, 3),
-        "neighbours": (1, 2), "styles": (1, 1), "utility": (2, 3)}.items()}
+    details = figures.pop("details")["one"]
+    assert figures == {
+        "pre_attack_asr": rate_of(1, 4), "one_asr": rate_of(2, 4), "paraphrase_asr": rate_of(2, 3),
+        "neighbours": rate_of(1, 2), "styles": rate_of(1, 1), "utility": rate_of(2, 3),
+        "clip_score": 0.5, "frechet": 8}
     assert given == [(["church 0", "church 0"], [100, 102]), (["church 2"], [103])]
     assert pictures["one"].flatten().tolist() == [0, 1, 0, 1]  # row 1 as it was without attack
-    details = figures["details"]["one"]
-    assert [d["without_attack"] for d in details] == [False, True, False, False]
-    assert [d.get("broken") for d in details] == [False, None, False, True]
-    assert [(d.get("step"), d.get("adversarial_prompt")) for d in details] == [
-        (3, "y church 0"), (None, None), (6, "x church 0"), (6, "x church 2")]
+    assert [(d["without_attack"], d.get("broken"), d.get("step"), d.get("adversarial_prompt"))
+            for d in details] == [
+        (False, False, 3, "y church 0"), (True, None, None, None), (False, False, 6, "x church 0"),
+        (False, True, 6, "x church 2")]
     assert asked == [(["boat 2", "house 2", "house 3", "whale 0"], [2, 2, 3, 0]),
                      ([5, 6, 7, 9], [2, 2, 3, 0])]
-    assert figures["clip_score"] == 0.5 and figures["frechet"] == 8
 
-    again = evaluation.evaluate(numbers, attacks, prompts, drawn, CONFIG, tmp_path)
-    assert again[0] == figures and torch.equal(again[1]["one"], pictures["one"])
+    again, kept = evaluation.evaluate(numbers, attacks, prompts, drawn, CONFIG, tmp_path)
+    assert again["details"]["one"] == details and torch.equal(kept["one"], pictures["one"])
     assert len(given) == 2
     others = replace(CONFIG, eval_attacks=("two", "one"))
     drawn["rows"] = drawn["rows"] * 0  # now row 1 does not show it either

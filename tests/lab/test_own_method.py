@@ -65,19 +65,10 @@ def run(*arguments, method=METHOD):
     return main(*arguments, method=method)
 
 
-def test_it_gets_a_command_line(capsys):
-    assert run("--help") == 0
-    shown = capsys.readouterr().out
-    assert "--lr FLOAT" in shown and "--eval-set" in shown and "--strength" not in shown
-    assert settings.parse(Config, ["--lr", "0.1"]) == {"lr": 0.1} and run("--lr", "-1") == 2
-    assert run("--eval-attacks", "mine", "token") == 2
-    assert "--eval-attacks token: " in capsys.readouterr().err
-
-
-def test_it_may_have_no_attack(tmp_path):
-    flags = ["--task", "compare", "--methods", "own", "--out", tmp_path]
-    assert run(*flags, method=lab.Method(Config, forget)) == 0
-    assert "| own |" in (tmp_path / "table.md").read_text()
+def test_it_gets_a_command_line():
+    assert settings.parse(Config, ["--lr", "0.1", "--eval-set", "x"]) == {"lr": 0.1, "eval_set": "x"}
+    for words in (["--lr", "-1"], ["--strength", "2"], ["--eval-attacks", "mine", "token"]):
+        assert run(*words) == 2
 
 
 def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, monkeypatch, capsys):
@@ -100,9 +91,8 @@ def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, mo
              "--save-single-file"]
     assert run(*flags, method=method) == 130 and "--resume" in capsys.readouterr().err
     assert run(*flags, method=method) == 0
-    printed = capsys.readouterr().out
-    assert "ASR, two words in front" in printed
-    assert all(len(line) <= 80 for line in printed.splitlines() if str(tmp_path) not in line)
+    printed = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "ASR, two words in front" in printed and max(map(len, printed.splitlines())) <= 80
     assert {path.name for path in out.iterdir()} == {
         "text_encoder", "results.json", "samples.png", "losses.png", "README.md", "pipeline"}
     assert encoder(out) == encoder(out / "pipeline")
@@ -133,7 +123,7 @@ def test_an_encoder_is_scored_and_draws_as_it_did_in_its_run(drawn, tmp_path, mo
     assert finished(again, "original") == finished(out, "original") != finished(out)
     monkeypatch.setattr(report, "plot_grid", lambda path, prompts, lines: seen.append(lines[""]))
     flags = ["--task", "sample", "--prompts", "a church", *flags]
-    for seed in (0, 7):
-        assert run(*flags, tmp_path, "--seed", seed) == 0
-        assert torch.equal(seen[-1], drawn(out, [{"prompt": "a church", "seed": seed}]))
     assert run(*flags, again) == 2 and run(*flags, again, "--overwrite") == 0
+    assert run(*flags, tmp_path, "--seed", "7") == 0
+    for pictures, seed in zip(seen, (0, 7), strict=True):
+        assert torch.equal(pictures, drawn(out, [{"prompt": "a church", "seed": seed}]))

@@ -1,7 +1,4 @@
-"""Files that users bring are read as what they are, and concepts are found as they are written.
-
-The files have the headers and the faults of published ones (UnlearnDiffAtk's, I2P's, ESD's).
-"""
+"""Files that users bring are read as what they are; concepts are found as they are written."""
 import unicodedata
 from dataclasses import replace
 
@@ -31,7 +28,7 @@ def read(*arguments, **wanted):
     return [*read_rows(*arguments, **wanted)]
 
 
-@pytest.mark.parametrize("text", [
+@pytest.mark.parametrize("text", [  # of I2P, UnlearnDiffAtk and others
     'prompt,hard,lexica_url,sd_seed,sd_guidance_scale\n"a church, at night",0,x,123,9\n',
     ',prompt,evaluation_seed,evaluation_guidance\n7,"a church, at night",123,9\n',
     'case_number, Prompt, seed, guidance_scale\n0, "a church, at night", 123, 9.0\n',
@@ -72,20 +69,18 @@ def rows_for(sd, path, room=5, **changes):
 
 def test_only_rows_that_are_used_are_read(sd, write):
     """I2P has an empty prompt in row 2,260; a suite's rows in other roles are not used either."""
-    path = write("role,prompt,seed\nstyle,a church,7\nother,a chapel,8\nother, ,9\nno comma\n")
+    path = write("role,prompt,seed\nstyle,a church,7\nother,a chapel,8\nother, ,eight\n")
     assert [row.seed for row in rows_for(sd, path, eval_prompts=2)] == [7, 8]
+    assert [row.seed for row in read(path, "church", role="style")] == [7]
     with pytest.raises(ValueError, match="line 4"):
         rows_for(sd, path, eval_prompts=3)
-    path = write("role,prompt,seed\nstyle,a church,7\nother,a chapel,eight\n")
-    assert len(read(path, "church", role="style")) == 1
 
 
 def test_prompts_that_leave_no_room_for_the_prefix_are_left_out_with_a_note(sd, write, capsys):
     """To the token. As many are used as were asked for."""
     path = write(f"prompt,seed\na church,7\n{LONG},6\na chapel,8\n{LONG},9\na church at night,10\n")
     assert [row.seed for row in rows_for(sd, path)] == [7, 8, 10]
-    [line] = capsys.readouterr().out.splitlines()
-    assert "--eval-set: 2 of 5 prompts" in line and "19" in line and "'a church a" in line
+    assert "--eval-set: 2 of 5 prompts" in capsys.readouterr().out
     assert [row.seed for row in rows_for(sd, path, eval_prompts=2)] == [7, 8]
     path = write("prompt\na photo of a church\n")
     room = sd.context_length - len(sd.tokenizer("a photo of a church").input_ids)
@@ -98,21 +93,18 @@ def test_prompts_come_from_the_concepts_file_or_from_templates(sd):
     """Those of several concepts each from its own, with seeds that no two share."""
     both = read_concepts("church, Unicorn")
     church, unicorn = ([*evaluation_rows(c, replace(SMALL, eval_prompts=60))] for c in both)
-    assert [row.seed for row in church] == [*range(1000, 1050)]
-    assert unicorn[0].prompt == "a photo of a unicorn"
-    assert len({row.seed for row in unicorn}) == 60
+    assert unicorn[0].prompt == "a photo of a unicorn" and len(church) == 50
+    assert len({row.seed for row in church + unicorn}) == 110
     rows = evaluation.rows_to_attack(sd, both, replace(SMALL, eval_prompts=3), 5)
     assert rows == church[:3] + unicorn[:3]
 
 
-@pytest.mark.parametrize("concept", ["church", "garbage truck", "parachute", "tench", "van gogh",
-                                     "nudity", "golden retriever"])
+@pytest.mark.parametrize("concept", ["church", "garbage truck", "parachute", "tench", "van gogh"])
 def test_the_name_alone_is_erased_and_no_other_prompt_gives_it_away(concept):
     listed, config = read_concepts(concept), replace(SMALL, eval_prompts=50)
     rows = [*evaluation_rows(listed[0], config)]
     assert training_prompts(listed, config)[0] == [concept]
-    assert concept not in [row.prompt.lower() for row in rows] and len(rows) >= 25
-    assert concept == "nudity" or all(concept in row.prompt.lower() for row in rows)
+    assert all(concept in row.prompt.lower() != concept for row in rows) and len(rows) == 50
     for path in PROMPTS.glob("suite_*.csv"):
         for role in ("paraphrase", "neighbour"):
             found = read(path, role=role, concept=concept)
@@ -120,8 +112,7 @@ def test_the_name_alone_is_erased_and_no_other_prompt_gives_it_away(concept):
 
 
 @pytest.mark.parametrize("text, named", [
-    ("concept,kind\ndome,thing\n", "kind 'thing'"), ("concept,kind\ndome,,b\n", "fields"),
-    ("concept,layers\ndome,1\n", "'layers'")])
+    ("concept,kind\ndome,thing\n", "'thing'"), ("concept,layers\ndome,1\n", "'layers'")])
 def test_a_mistake_in_the_list_of_concepts_is_named(concepts, text, named):
     path = concepts(text)
     with pytest.raises(ValueError, match=f"{path}, line 2: .*{named}"):
@@ -141,7 +132,6 @@ def test_concepts_of_different_classifiers_need_one_for_all():
     both, config = read_concepts("church,van gogh"), replace(SMALL, classifier="some/clip")
     assert evaluation.classifier_of(both, config, toy=False) == "some/clip"
     assert evaluation.classifier_of(both, SMALL, toy=True) is None
-    assert evaluation.classifier_of(both[:1], SMALL, toy=False) == both[0].classifier
     with pytest.raises(ValueError, match="resnet-50 and openai.* with --classifier"):
         evaluation.classifier_of(both, SMALL, toy=False)
 

@@ -2,7 +2,6 @@
 import ast
 import io
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,34 +15,22 @@ from safetensors.torch import load_file, save_file
 import advunlearn as au
 import sd_mini
 from sd_mini import lab
-from sd_mini.lab import classifiers, compare, experiment, report, runs, settings, tasks
-from sd_mini.lab.evaluation import rate_of
+from sd_mini.lab import classifiers, experiment, report, runs, tasks
 from sd_mini.lab.prompts import slug
 from sd_mini.weights import TOY
 
 from ..paper import SMALL
-from . import FLAGS, ROOT, encoder, finished, main
+from . import FLAGS, ROOT, finished  # noqa: F401  the documents' tests take them here
 from .test_own_method import run
-
-__all__ = ["FLAGS", "ROOT"]
-
-
-def test_help_lists_the_groups_and_each_default(capsys):
-    assert main("--help") == 0
-    shown = capsys.readouterr().out
-    assert re.findall(r"^(\w+):\n  \w", shown, re.M) == [*settings.GROUPS]
-    each = re.split(r"^  --", " ".join(shown.split("\nfirst:")[1:]), flags=re.M)[1:]
-    assert len(each) > 40 and all("(default: " in " ".join(flag.split()) for flag in each)
 
 
 @pytest.mark.parametrize("given, gpus, bf16, wanted", [
     ({}, 0, False, ("toy", "cpu", "fp32")),
     ({}, 1, True, ("CompVis/stable-diffusion-v1-4", "cuda", "bf16")),
-    ({"model": "mine", "device": "cuda:1"}, 2, False, ("mine", "cuda:1", "fp16"))])
+    ({"model": "mine", "device": "cuda"}, 1, False, ("mine", "cuda", "fp16"))])
 def test_without_a_gpu_it_is_the_toy(monkeypatch, given, gpus, bf16, wanted):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: bf16)
     config = tasks.resolve(au.METHOD, given)
     assert (config.model, config.device, config.precision) == wanted
@@ -51,7 +38,7 @@ def test_without_a_gpu_it_is_the_toy(monkeypatch, given, gpus, bf16, wanted):
 
 def test_flags_say_how_the_frozen_networks_compute(monkeypatch):
     compiled, frugal = [], []
-    monkeypatch.setattr(torch.nn.Module, "compile", compiled.append)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda unet: compiled.append(unet))
     monkeypatch.setattr(sd_mini, "recompute_activations", frugal.append)
     assert experiment.load_model(SMALL).dtype == torch.float32 and not compiled and not frugal
     flags = dict(compile=True, low_memory=True, precision="bf16")
@@ -67,48 +54,32 @@ def test_the_bank_is_on_the_gpu_where_it_fits(monkeypatch):
         assert runs.placed(iter(columns), gpu) == expected
 
 
-def test_a_toy_in_its_own_folder_is_a_toy(tmp_path):
-    """... with a classifier of its own."""
+def test_a_toy_in_its_own_folder_is_a_toy_with_its_own_classifier(tmp_path):
     shutil.copytree(TOY, tmp_path / "mine")
-    own, embedded = (tasks.resolve(au.METHOD, {"model": model})
-                     for model in (str(tmp_path / "mine"), "toy"))
-    assert replace(own, model="toy") == embedded
     path = tmp_path / "mine/classifier/model.safetensors"
     tensors = load_file(path)
     save_file({**tensors, "head.weight": tensors["head.weight"] + 1}, path)
-    opened = experiment.open_experiment(au.METHOD, replace(SMALL, model=str(tmp_path / "mine")))
-    weight = opened.evaluation_set.classifier.network.head.weight
-    assert torch.equal(weight, tensors["head.weight"] + 1)
-
-
-def test_odd_names_are_drawn_as_they_are(tmp_path):
-    odd, rates = ["$_$ | mine", "a $$ \\x {}%s<b>", "a*b*"], {"utility": rate_of(2, 4)}
-    figures = {name: {**rates, "token_asr": rate_of(2, 4)} for name in odd}
-    compare.plot_tradeoff(tmp_path / "t.png", figures, "token", "$\\bad$")
-    report.plot_losses(tmp_path / "l.png", [{"$_$": 1.0, "later $$": None}] * 2)
-    report.plot_grid(tmp_path / "g.png", odd, {name: [torch.rand(3, 8, 8), None] for name in odd})
-    assert len([*tmp_path.iterdir()]) == 3
-    table = report.markdown(figures, {}, "a | b", ["1234567"])
-    assert "| \\$\\_\\$ \\| mine |" in table and "| a\\*b\\* |" in table
+    config = tasks.resolve(au.METHOD, {"model": str(tmp_path / "mine"), "device": "cpu"})
+    assert replace(config, model="toy") == tasks.resolve(au.METHOD, {"model": "toy"})
+    network = experiment.open_experiment(au.METHOD, config).evaluation_set.classifier.network
+    assert torch.equal(network.head.weight, tensors["head.weight"] + 1)
 
 
 def test_the_cards_snippet_is_python_whatever_the_names(tmp_path):
     folder = tmp_path / 'the "Mona Lisa" {back}\\slash'
     folder.mkdir()
-    config = au.Config(concept="it's {here}", model="toy")
-    report.write_card(folder / "README.md", config, "", "unet", TOY)
-    card = (folder / "README.md").read_text()
+    config, path = au.Config(concept="it's {here}", model="toy"), folder / "README.md"
+    report.write_card(path, config, "", "unet", TOY)
+    card = path.read_text()
     snippet = card.split("```python\n")[1].split("```")[0]
     values = [node.value for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Constant)]
     assert values == [f"{folder}/unet", str(TOY)] and "it's \\{here\\}" in card
 
 
-@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", "a/../../b", "C:\\x", "大教堂," * 40,
-                                  ",".join(f"Some Celebrity {i}" for i in range(100))])
+@pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "C:\\x", "大教堂," * 40, "Somebody," * 99])
 def test_a_concepts_folder_is_in_the_folder_of_runs_and_its_own(tmp_path, name):
-    assert (tmp_path / slug(name)).resolve().parent == tmp_path.resolve()
     (tmp_path / f"{slug(name)}-compare").mkdir()
-    assert slug(name) != slug(name + "x")
+    assert len([*tmp_path.iterdir()]) == 1 and slug(name) not in ("..", slug(name + "x"))
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_warning(capsys):
@@ -117,15 +88,14 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(capsys):
 
 
 def test_a_log_file_has_a_line_a_minute(monkeypatch, capsys):
-    """120 iterations of five seconds each, and bars in one another."""
+    """Of bars in one another: steps of five seconds for twenty minutes."""
     now = [0]
     monkeypatch.setattr("tqdm.std.time", lambda: now[0])
     for _ in runs.progress(range(2), "outer", leave=False):
         for now[0] in runs.progress(range(now[0], now[0] + 600, 5), "inner", leave=False):
             pass
-    err = capsys.readouterr().err
-    assert "\r" not in err and "\x1b" not in err and all(err.splitlines())
-    assert 20 <= err.count("inner") <= 26
+    lines = capsys.readouterr().err.split("\n")
+    assert 22 <= len(lines) <= 28 and not any({"\r", "\x1b"} & {*line} for line in lines)
 
 
 def test_a_log_need_not_hold_every_sign_and_may_be_closed(tmp_path, monkeypatch):
@@ -133,9 +103,8 @@ def test_a_log_need_not_hold_every_sign_and_may_be_closed(tmp_path, monkeypatch)
     log = io.BytesIO()
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(log, encoding="ascii"))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         lab.main(au.METHOD, ["--model", str(tmp_path / "教堂"), "--device", "cpu"])
-    assert stop.value.code == 2 and b"error: " in log.getvalue()
     assert b"\\u6559\\u5802" in log.getvalue()
     read_end, write_end = os.pipe()
     os.close(read_end)
@@ -176,13 +145,9 @@ def test_a_notebook_keeps_its_plots_environment_and_signals(tmp_path):
 
 
 def test_erasing_alone_needs_weights_and_nothing_else(tmp_path, monkeypatch):
-    """No classifier and no CLIP is opened, and the weights are those of an evaluated run."""
-    assert run("--clip-score", "none", "--out", tmp_path / "scored") == 0
-    figures = finished(tmp_path / "scored")
-    assert "clip_score" not in figures and figures["frechet"] >= 0
     monkeypatch.setattr(classifiers, "load_classifier", None)
     monkeypatch.setattr(classifiers, "load_clip_score", None)
-    assert run("--classifier", "none", "--out", tmp_path / "alone") == 0
-    names = {path.name for path in (tmp_path / "alone").iterdir()}
-    assert names == {"text_encoder", "results.json", "losses.png", "README.md"}
-    assert encoder(tmp_path / "alone") == encoder(tmp_path / "scored")
+    assert run("--classifier", "none", "--out", tmp_path / "run") == 0
+    assert finished(tmp_path / "run") == {}
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "text_encoder", "results.json", "losses.png", "README.md"}
