@@ -125,8 +125,7 @@ def test_a_clip_is_told_all_labels_of_the_evaluation(saved, sd, write):
     found = evaluation.load_evaluation_set(sd, read_concepts("church"), config)
     assert [row.label for row in found.rows] == ["a minster", "a church building"]
     labels = {row.label for part in evaluation.PARTS for row in getattr(found, part)}
-    assert found.classifier.choices == sorted(labels) and "tabby" in labels
-    assert found.clip_score is None and {row.label for row in found.paraphrases} < labels
+    assert found.classifier.choices == sorted(labels) and len(labels) > 9 and not found.clip_score
 
 
 def test_a_label_that_is_not_known_is_refused_with_those_that_are(saved, sd):

@@ -1,10 +1,6 @@
-"""No run is lost: a killed one goes on to the same bytes. Every bad input gets one clear line.
-
-    KILLS=20 pytest tests/lab/test_faults.py -k killed        many kills
-"""
+"""No run is lost: a killed one goes on to the same bytes. Every bad input gets one clear line."""
 import contextlib
 import copy
-import errno
 import json
 import math
 import os
@@ -30,7 +26,7 @@ from ..paper import SMALL
 from . import FLAGS, ROOT, TOY, encoder, finished, main
 from .test_own_method import run
 
-KILLS = int(os.environ.get("KILLS", 1))
+KILLS = int(os.environ.get("KILLS", 1))  # KILLS=20 pytest ... -k killed
 
 
 @pytest.mark.long
@@ -146,7 +142,6 @@ def test_a_record_knows_every_setting_on_which_a_figure_depends():
         as_read({"config": config}), {"config": {**config, name: "another"}})}
     assert without == {"task", "methods", "out", "resume", "overwrite", "save_every",
                        "save_images", "save_pipeline", "save_single_file", "low_memory"}
-    assert differences({"config": {}}, {"config": {"lr": 1}}) == ["lr None -> 1"]
 
 
 def test_a_run_is_resumed_with_the_same_inputs_alone_or_begun_anew(tmp_path, write, monkeypatch,
@@ -191,10 +186,7 @@ def test_a_folder_in_use_is_refused_and_a_killed_run_leaves_no_lock(tmp_path):
 
 
 def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):
-    def acquire(*arguments, **keywords):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(runs.FileLock, "acquire", acquire)
+    monkeypatch.setattr(runs.FileLock, "acquire", lambda *_, **__: os.listdir("/no/locks"))
     with runs.locked(tmp_path):
         assert f"note: {tmp_path}" in capsys.readouterr().out
 
