@@ -21,7 +21,7 @@ from ..paper import SMALL
 NORMAL = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4], "resample": 3}
 PROCESSORS = {  # as models of these kinds have it, smaller
     "resnet": ("ConvNext", {"crop_pct": 0.875, "size": {"shortest_edge": 28}}),
-    "of old": ("ConvNext", {"crop_pct": 0.9, "size": 29}),
+    "of old": ("ConvNext", {"crop_pct": 0.95, "size": 30}),
     "large": ("ConvNext", {"crop_pct": 0.875, "size": {"shortest_edge": 384}}),
     "vit": ("ViT", {"size": {"height": 24, "width": 24}}),
     "clip": ("CLIP", {"size": {"shortest_edge": 43}, "crop_size": {"height": 32, "width": 32}})}
