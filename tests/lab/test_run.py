@@ -124,7 +124,8 @@ state = lambda: (plt.get_backend(), dict(os.environ), signal.getsignal(signal.SI
 before, toy, figure = state(), sd_mini.load("toy"), plt.figure()
 
 def work():
-    config = replace(au.Config(), steps=3, warmup=2, trajectories=2, trajectory_steps=1)
+    config = replace(au.Config(), steps=3, warmup=2, attack_steps=1, trajectories=2,
+                     trajectory_steps=1)
     done.append(au.advunlearn(toy, ["church"], ["a boat"], config, "kept")[1])
     done.append(tasks.run_task(au.METHOD, dict(task="sample", prompts=["x"], eval_steps=1,
                                                model="toy", device="cpu")))
