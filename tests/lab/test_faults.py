@@ -110,8 +110,8 @@ def test_a_record_knows_all_that_was_read_and_no_code(sd, write):
 
     assert differences(before, record()) == [] and before["inputs"].keys() == {
         "model", "evaluation prompts", "classifier", "CLIP", "prompts to erase and retain"}
-    ruled, other, clip = map(copy.copy, (prompts.classifier, prompts.classifier,
-                                         prompts.clip_score))
+    classifier = prompts.classifier
+    ruled, other, clip = map(copy.copy, (classifier, classifier, prompts.clip_score))
     ruled.rule, other.network, clip.network = "any", moved(other.network), moved(clip.network)
     changed = [("classifier", "classifier", ruled), ("classifier", "classifier", other),
                ("CLIP", "clip_score", clip)]
@@ -119,9 +119,8 @@ def test_a_record_knows_all_that_was_read_and_no_code(sd, write):
         changed.append(("model", "sd", replace(sd, **{part: moved(getattr(sd, part))})))
     schedule = copy.copy(sd.schedule)
     schedule.config = {**schedule.config, "beta_end": 0.1}
-    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 1})
     changed += [("model", "sd", replace(sd, schedule=schedule)),
-                ("model", "sd", replace(sd, tokenizer=tokenizer))]
+                ("model", "sd", replace(sd, tokenizer=SimpleNamespace(get_vocab=dict)))]
     for part in evaluation.PARTS:
         first, *others = getattr(prompts, part)
         for field, value in dict(prompt="x", seed=3, guidance=2.0, label="x").items():
@@ -131,7 +130,8 @@ def test_a_record_knows_all_that_was_read_and_no_code(sd, write):
         assert differences(before, record(**{part: altered})) == [f"other {name}"]
     scored, other = (record(scored=replace(sd, text_encoder=encoder))
                      for encoder in (sd.text_encoder, moved(sd.text_encoder)))
-    assert differences(as_read(scored), other) == ["other text encoder"]
+    for old, new in ((before, scored), (as_read(scored), other)):
+        assert differences(old, new) == ["other text encoder"]
     write("prompt\na tree\na house\n")
     assert differences(before, record()) == ["other prompts to erase and retain"]
 

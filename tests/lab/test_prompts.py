@@ -93,7 +93,7 @@ def test_prompts_come_from_the_concepts_file_or_from_templates(sd):
     """Those of several concepts each from its own, with seeds that no two share."""
     both = read_concepts("church, Unicorn")
     church, unicorn = ([*evaluation_rows(c, replace(SMALL, eval_prompts=60))] for c in both)
-    assert unicorn[0].prompt == "a photo of a unicorn" and len(church) == 50
+    assert unicorn[0] == ("a photo of a unicorn", 5000, 7.5, "unicorn") and len(church) == 50
     assert len({row.seed for row in church + unicorn}) == 110
     rows = evaluation.rows_to_attack(sd, both, replace(SMALL, eval_prompts=3), 5)
     assert rows == church[:3] + unicorn[:3]
@@ -204,6 +204,8 @@ def test_the_shipped_retain_sets_lose_what_they_lost():
 
 SUITE = """role,concept,prompt,label
 paraphrase,church,a minster,church
+paraphrase,church,a chapel,church
+paraphrase,church,an old chapel,church
 paraphrase,boat,a ship,boat
 neighbour,church,a house,house
 neighbour,church,a house by two ships,house
@@ -214,7 +216,6 @@ style,,a sketch of a tree,sketch
 style,,a mosaic of a tree,mosaic
 utility,,a tree near a minster,tree
 utility,,a tree,tree
-utility,,something grey,boat
 utility,,a whale,whale
 """
 
@@ -230,12 +231,11 @@ def test_other_prompts_name_no_concept_and_no_synonym(sd, write, concepts, monke
         return [[row.prompt for row in getattr(found, part)] for part in evaluation.PARTS]
 
     three = "prompt,label\na church,church\na boat,boat\na whale,whale\n"
-    assert loaded("church,boat", three) == [
-        ["a church", "a boat"], ["a minster", "a ship"], ["a house", "a car"],
+    assert loaded("church,boat", three, eval_prompts=2) == [
+        ["a church", "a boat"], ["a minster", "a chapel", "a ship"], ["a house", "a car"],
         ["a sketch of a tree"], ["a tree", "a whale"]]
     assert "mosaic, whale" in capsys.readouterr().out
-    assert loaded("boat", three, eval_prompts=1) == [
-        ["a church"], ["a ship"], ["a car"], ["a sketch of a Chapel"],
-        ["a tree near a minster", "a tree"]]
+    assert loaded("boat", three, eval_prompts=1) == [["a church"], ["a ship"], ["a car"], [
+        "a sketch of a Chapel"], ["a tree near a minster", "a tree"]]
     with pytest.raises(ValueError, match="--classifier MODEL:LABEL"):
         loaded("church", "prompt,label\na whale,whale\n")
