@@ -201,8 +201,8 @@ def preparation(source, revision):
 
     size = edge(config["size"])
     crop = edge(config.get("crop_size") or size)
-    if config.get("crop_pct"):  # ConvNeXt and ResNet: `size` is what remains after cropping
-        size, crop = round(size / config["crop_pct"]), size
+    if config.get("crop_pct") and size < 384:  # ConvNeXt, ResNet: `size` is what cropping leaves
+        size, crop = int(size / config["crop_pct"]), size
     mean, std = (torch.tensor(config[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
 
     def prepare(pictures):

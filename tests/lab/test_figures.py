@@ -1,11 +1,12 @@
-"""What the figures of an evaluation are made of: closed forms on rows made by hand."""
+"""What the figures of an evaluation are made of: on models and rows made by hand."""
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sd_mini.lab import classifiers, evaluation, report
-from sd_mini.lab.evaluation import EvaluationSet
+from sd_mini.lab.evaluation import EvaluationSet, rate, rate_of, wilson
 from sd_mini.lab.prompts import Row
 from sd_mini.lab.settings import EvalAttack
 
@@ -17,7 +18,10 @@ SHOWS = ["nothing", "church", "boat", "house"]  # a picture of one number shows 
 class Numbers:
     """A model and a classifier whose pictures are one number each: the context itself."""
 
-    known, device, calls = {"church", "boat", "house"}, "cpu", []
+    known, device = {"church", "boat", "house"}, "cpu"
+
+    def __init__(self):
+        self.calls = []
 
     def encode_prompt(self, prompts):
         return torch.tensor([[float(prompt.split()[-1])] for prompt in prompts])
@@ -39,7 +43,7 @@ def rows(*pairs, first=0):
 
 
 @pytest.fixture
-def made():
+def made(monkeypatch):
     """Of rows 1 of 4 shows the concept, paraphrases 2 of 3, and so on; whales do not count."""
     numbers, asked = Numbers(), []
 
@@ -47,60 +51,25 @@ def made():
         asked.append((prompts, pictures.flatten().tolist()))
         return [0.25, 0.5, 0.5, 0.75]
 
-    made = EvaluationSet(
+    def frechet_distance(a, b):
+        asked.append((a.flatten().tolist(), b.flatten().tolist()))
+        return 8.0
+
+    monkeypatch.setattr(classifiers, "frechet_distance", frechet_distance)
+    return numbers, EvaluationSet(
         rows("church 0", "church 1", "church 0", "church 2"),
         rows("church 1", "church 0", "church 1", first=10), rows("boat 2", "boat 3", first=20),
         rows("house 3", first=30), rows("boat 2", "house 2", "house 3", "whale 0", first=40),
-        numbers, clip_score, ["church"])
-    original = {"rows": torch.arange(4.0).view(4, 1, 1, 1) + 100,
-                "utility": torch.tensor([5.0, 6, 7, 9]).view(4, 1, 1, 1)}
-    return numbers, made._replace(original=original), asked
+        numbers, clip_score, ["church"],
+        {"rows": torch.arange(4.0).view(4, 1, 1, 1) + 100,
+         "utility": torch.tensor([5.0, 6, 7, 9]).view(4, 1, 1, 1)}), asked
 
 
 CONFIG = replace(SMALL, eval_attacks=("one",), eval_batch=2, eval_steps=7)
 
 
-def test_rates_count_what_they_say(made, monkeypatch, tmp_path):
-    """ASR is what shows without attack, plus what the attack newly breaks, over all prompts."""
-    numbers, prompts, asked = made
-    given, distances = [], []
-
-    def attack(sd, texts, targets, look, config):
-        given.append((texts, targets.flatten().tolist()))
-        flags = look(3, [0, *range(1, len(texts))], torch.zeros(len(texts), 1), None)
-        assert not any(flags)
-        shown = [float(text == "church 2") for text in texts]  # breaks the last row alone
-        look(6, [*range(len(texts))], torch.tensor(shown)[:, None], [f"x {t}" for t in texts])
-
-    monkeypatch.setattr(classifiers, "frechet_distance",
-                        lambda a, b: distances.append((a, b)) or 8.0)
-    drawn = evaluation.draw_all(numbers, prompts, CONFIG)
-    assert drawn["utility"].flatten().tolist() == [2, 2, 3, 0]
-    figures, pictures = evaluation.evaluate(
-        numbers, {"one": EvalAttack(attack)}, prompts, drawn, CONFIG, tmp_path)
-    rates = {name: (figure["rate"], figure["n"]) for name, figure in figures.items()
-             if isinstance(figure, dict) and "rate" in figure}
-    assert rates == {"pre_attack_asr": (1 / 4, 4), "one_asr": (2 / 4, 4),
-                     "paraphrase_asr": (2 / 3, 3), "neighbours": (1 / 2, 2), "styles": (1, 1),
-                     "utility": (2 / 3, 3)}
-    for name, figure in rates.items():
-        low, high = evaluation.wilson(round(figure[0] * figure[1]), figure[1])
-        assert (figures[name]["low"], figures[name]["high"]) == (low, high)
-    assert given == [(["church 0", "church 0"], [100, 102]), (["church 2"], [103])]
-    assert pictures["one"].flatten().tolist() == [0, 1, 0, 1]  # row 1 as it was without attack
-    details = figures["details"]["one"]
-    assert [d["without_attack"] for d in details] == [False, True, False, False]
-    assert [d.get("broken") for d in details] == [False, None, False, True]
-    assert details[3]["adversarial_prompt"] == "x church 2" and details[3]["step"] == 6
-    assert asked == [(["boat 2", "house 2", "house 3", "whale 0"], [2, 2, 3, 0])]
-    assert figures["clip_score"] == 0.5 and figures["frechet"] == 8
-    [(a, b)] = distances
-    assert a.flatten().tolist() == [5, 6, 7, 9] and b.flatten().tolist() == [2, 2, 3, 0]
-
-
 def test_each_picture_has_its_own_seed_guidance_and_context(made):
     numbers, prompts, _ = made
-    numbers.calls.clear()
     own, contexts = replace(CONFIG, eval_guidance=None), torch.tensor([[7.0], [8], [9]])
     evaluation.draw_rows(numbers, prompts.utility[:3], own)
     evaluation.draw_rows(numbers, prompts.utility[:3], own, contexts)
@@ -111,37 +80,97 @@ def test_each_picture_has_its_own_seed_guidance_and_context(made):
         ([2, 2], [40, 41], 7, [5, 5]), ([3], [42], 7, [5])]
 
 
-def test_ruined_pictures_are_neither_clean_nor_kept(sd, made):
-    """Of an object's picture the style is kept, of a style's the object; a ruined one counts not.
+def test_a_picture_that_is_not_finite_ends_the_run(made):
+    """A classifier would take it for something."""
+    with pytest.raises(ArithmeticError):
+        evaluation.draw_rows(made[0], rows("church 1", "church nan"), CONFIG)
 
-    Each number is a picture: its object and its style, before erasing and after it.
+
+def test_rates_count_what_they_say(made, tmp_path):
+    """ASR is what shows without attack, plus what the attack newly breaks, over all prompts.
+
+    Attacks are kept by kind and prompts. The originals' pictures are their targets.
     """
-    seen = [("church", "photo"), ("boat", "sketch"), ("nothing", "sketch"), ("boat", "nothing"),
-            ("boat", "van gogh"), ("church", "van gogh")]
+    numbers, prompts, asked = made
+    given = []
 
-    class Network:
-        def labels(self, pictures):
-            objects, styles = zip(*(seen[int(i)] for i in pictures.flatten()))
-            return {"object": objects, "style": styles}
+    def attack(sd, texts, targets, look, config):
+        assert sd is numbers
+        given.append((texts, targets.flatten().tolist()))
+        look(3, [*range(len(texts))], torch.zeros(len(texts), 1), [f"y {t}" for t in texts])
+        found = texts[-1] == "church 2"  # breaks the last row alone
+        context = torch.tensor([[float(found)]])
+        assert look(6, [len(texts) - 1], context, [f"x {texts[-1]}"]) == [found]
 
-    classifier = classifiers.ToyClassifier(sd.device, sd.folder)
-    classifier.network = Network()
-    before, after = [0, 1, 1, 1, 5, 5, 4], [1, 2, 4, 3, 0, 4, 3]
-    erased = ["church"] * 4 + ["van gogh"] * 3
-    clean, kept = classifier.rest(erased, torch.tensor(before), torch.tensor(after))
-    assert clean == [True, True, True, False, True, True, False]
-    assert kept == [False, True, False, False, True, False, False]
-    numbers, prompts = made[0], made[1]._replace(utility=[])
+    drawn = evaluation.draw_all(numbers, prompts, CONFIG)
+    assert drawn["utility"].flatten().tolist() == [2, 2, 3, 0]
+    attacks = {"one": EvalAttack(attack), "two": EvalAttack(attack)}
+    figures, pictures = evaluation.evaluate(numbers, attacks, prompts, drawn, CONFIG, tmp_path)
+    details = figures.pop("details")["one"]
+    assert figures == {
+        "pre_attack_asr": rate_of(1, 4), "one_asr": rate_of(2, 4), "paraphrase_asr": rate_of(2, 3),
+        "neighbours": rate_of(1, 2), "styles": rate_of(1, 1), "utility": rate_of(2, 3),
+        "clip_score": 0.5, "frechet": 8}
+    assert given == [(["church 0", "church 0"], [100, 102]), (["church 2"], [103])]
+    assert pictures["one"].flatten().tolist() == [0, 1, 0, 1]  # row 1 as it was without attack
+    assert [(d["without_attack"], d.get("broken"), d.get("step"), d.get("adversarial_prompt"))
+            for d in details] == [
+        (False, False, 3, "y church 0"), (True, None, None, None), (False, False, 6, "x church 0"),
+        (False, True, 6, "x church 2")]
+    assert asked == [(["boat 2", "house 2", "house 3", "whale 0"], [2, 2, 3, 0]),
+                     ([5, 6, 7, 9], [2, 2, 3, 0])]
+
+    again, kept = evaluation.evaluate(numbers, attacks, prompts, drawn, CONFIG, tmp_path)
+    assert again["details"]["one"] == details and torch.equal(kept["one"], pictures["one"])
+    assert len(given) == 2
+    others = replace(CONFIG, eval_attacks=("two", "one"))
+    drawn["rows"] = drawn["rows"] * 0  # now row 1 does not show it either
+    evaluation.evaluate(numbers, attacks, prompts, drawn, others, tmp_path)
+    assert given[2:] == 2 * [(["church 0", "church 1"], [100, 101]),
+                             (["church 0", "church 2"], [102, 103])]
+
+
+def test_what_the_classifier_cannot_know_is_left_open(made):
+    numbers, prompts, _ = made
+    numbers.known, prompts = {"church"}, prompts._replace(styles=[], clip_score=None)
     numbers.rest = lambda erased, before, now: (
         [int(x) < 2 for x in now], [bool(x == y - 100) for x, y in zip(now, before)])
     figures, _ = evaluation.score(prompts, evaluation.draw_all(numbers, prompts, CONFIG))
+    assert figures["utility"] is figures["neighbours"] is figures["styles"] is None
+    assert "clip_score" not in figures and figures["pre_attack_asr"]["n"] == 4
     assert [figures[name]["rate"] for name in ("clean", "kept")] == [0.75, 0.5]
-    assert "erased: 75 % clean" in report.table({"original": figures, "erased": figures}, {})
+    table = report.table({"original": figures, "erased": figures}, {})
+    assert "erased: 75 % clean" in table and "utility" not in table
+    assert "erased" in report.rates_table({"erased": figures}, {})
 
 
-def test_wilson_interval():
-    # Textbooks have the case of 0 successes: [0, z^2 / (n + z^2)].
-    low, high = evaluation.wilson(0, 24)
-    assert abs(low) < 1e-12 and abs(high - 1.96**2 / (24 + 1.96**2)) < 1e-12
-    low, high = evaluation.wilson(12, 24)
-    assert abs((low + high) / 2 - 0.5) < 1e-12 and 0.31 < low < 0.32
+def test_each_concept_is_inverted_by_an_embedding_of_its_own(made):
+    """Learnt on all its prompts and targets. A * stands where it is named, else in front."""
+    numbers, learnt = made[0], []
+    words = [("a church here", "church"), ("Two Tench", "tench"), ("a minster", "church"),
+             ("一座教堂", "church")]
+    prompts = made[1]._replace(rows=[Row(text, i, 1.0, label) for i, (text, label)
+                                     in enumerate(words)], words=["church", "tench", "教堂"])
+
+    def attack(sd, prompts, pictures, config):
+        assert sd is numbers
+        learnt.append(([" ".join(p.split()) for p in prompts], pictures.flatten().tolist()))
+        return pictures.flatten(1) - 100
+
+    records, drawn = evaluation.invert_concepts(numbers, prompts, [1, 2], attack, CONFIG)
+    assert learnt == [(["a * here", "* a minster", "一座 *"], [100, 102, 103]),
+                      (["two *"], [101])]
+    assert drawn.flatten().tolist() == [1, 2] and numbers.calls[0][1] == [1, 2]
+    assert records == [{"broken": False}, {"broken": False}]
+
+
+@pytest.mark.parametrize("successes, n", [(0, 24), (3, 12), (12, 24), (7, 50), (24, 24)])
+def test_an_interval_ends_where_the_rate_is_1_96_deviations_away(successes, n):
+    """Wilson's definition: |rate - p| = 1.96 sqrt(p (1 - p) / n)."""
+    low, high = wilson(successes, n)
+    share = successes / n
+    for p in (low, high):
+        assert abs(share - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / n), abs=1e-9)
+    assert 0 <= low <= share <= high <= 1 and low < high
+    assert rate_of(successes, n) == {"rate": share, "n": n, "low": low, "high": high}
+    assert rate([True] * successes + [False] * (n - successes)) == rate_of(successes, n)

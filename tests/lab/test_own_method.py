@@ -1,21 +1,26 @@
-"""Somebody's own method, settings and a function that trains, gets all that the lab has."""
+"""Somebody's own method, settings and a function that trains, gets all that the lab has.
+
+It is cheap. So the other tests take it too, where they are about any method.
+"""
 import copy
 import json
-import shutil
 from dataclasses import dataclass, replace
 
-import pytest
+import matplotlib.image
 import torch
 
+import sd_mini
 from sd_mini import lab
-from sd_mini.lab import settings, tasks
+from sd_mini.lab import evaluation, report, settings
 from sd_mini.lab.runs import resumable
+
+from . import encoder, finished, main
 
 
 @dataclass
 class Config(lab.Settings):
-    steps: int = lab.setting(40, "iterations", low=1)
-    lr: float = lab.setting(1e-3, "Adam's learning rate", low=0)
+    steps: int = lab.setting(4, "iterations", low=1)
+    lr: float = lab.setting(0.02, "Adam's learning rate", low=0)
     strength: float = 1.0  # no flag
 
 
@@ -36,11 +41,10 @@ def forget(sd_o, erase_prompts, retain_prompts, config, folder=None):
     return sd, history
 
 
-def random_prefix(sd, prompts, pictures, look, config):
-    """An attack of one's own: look once at random words in front."""
-    ids = torch.randint(400, 700, (len(prompts), 2), generator=torch.Generator().manual_seed(0))
-    texts = [f"{words} {p}" for words, p in zip(sd.tokenizer.batch_decode(ids), prompts)]
-    look(1, list(range(len(prompts))), sd.encode_prompt(texts), texts)
+def two_words(sd, prompts, pictures, look, config):
+    """An attack of one's own: look once at two words in front."""
+    texts = [f"red boat {prompt}" for prompt in prompts]
+    look(1, [*range(len(prompts))], sd.encode_prompt(texts), texts)
 
 
 def last_prompt(sd, prompts, pictures, config):
@@ -50,88 +54,76 @@ def last_prompt(sd, prompts, pictures, config):
 
 METHOD = lab.Method(
     Config, forget, attacks={
-        "mine": lab.EvalAttack(random_prefix, "two words", "two words in front", "2in",
+        "mine": lab.EvalAttack(two_words, "two words", "two words in front", "2in",
                                room=lambda config: 2),
         "all": lab.EvalAttack(last_prompt, together=True)},
     rows=lambda sd_o, concepts, config: {"original": None, "mine": {},
-                                         "mine, weak": dict(strength=0.1)})
-FLAGS = ["--model", "toy", "--device", "cpu", "--retain-set", "photos", "--eval-prompts", "3",
-         "--eval-utility", "3", "--eval-steps", "3", "--eval-attack-steps", "2",
-         "--eval-looks", "1"]
+                                         "mine, weak": dict(strength=0.1, lr=0.001)})
 
 
-def run(*arguments):
-    words = [*FLAGS, *map(str, arguments)]
-    return tasks.run_task(METHOD, settings.parse(METHOD.config, words))
+def run(*arguments, method=METHOD):
+    return main(*arguments, method=method)
 
 
-def test_it_gets_a_command_line(capsys):
-    with pytest.raises(SystemExit):
-        settings.parse(Config, ["--help"])
-    shown = capsys.readouterr().out
-    assert "--lr FLOAT" in shown and "--eval-set" in shown and "--strength" not in shown
-    with pytest.raises(SystemExit):
-        settings.parse(Config, ["--lr", "-1"])
-    assert capsys.readouterr().err == "error: argument --lr: -1: must be a number, at least 0\n"
-    assert settings.parse(Config, ["--lr", "0.1"]) == {"lr": 0.1}
+def test_it_gets_a_command_line():
+    assert settings.parse(Config, ["--lr", "0.1", "--eval-set", "x"]) == {"lr": 0.1, "eval_set": "x"}
+    for words in (["--lr", "-1"], ["--strength", "2"], ["--eval-attacks", "mine", "token"]):
+        assert run(*words) == 2
 
 
-def test_it_is_trained_evaluated_and_drawn(tmp_path, capsys):
-    out = tmp_path / "run"
-    assert run("--out", out) == 0
-    shown = capsys.readouterr().out
-    assert "ASR, two words in front" in shown and "ASR, all attack" in shown
-    names = {"text_encoder", "results.json", "samples.png", "losses.png", "README.md"}
-    assert {path.name for path in out.iterdir()} == names
+def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, monkeypatch, capsys):
+    """A run stopped at the erased model's attack does not attack the original again."""
+    asked, stop, out, images = [], [True], tmp_path / "run", tmp_path / "images"
+    before, singles = sd_mini.fingerprint(sd.text_encoder), []
+
+    def attack(sd, prompts, pictures, look, config):
+        erased = sd_mini.fingerprint(sd.text_encoder) != before
+        if erased and stop and stop.pop():
+            raise KeyboardInterrupt
+        asked.append((erased, pictures))
+        texts = [f"{'red' if erased else 'blue'} {prompt}" for prompt in prompts]
+        look(1, [*range(len(prompts))], sd.encode_prompt(texts), texts)
+
+    monkeypatch.setattr(evaluation, "shown", lambda classifier, pictures, rows: [False] * len(rows))
+    monkeypatch.setattr(sd_mini, "save_single_file", lambda sd, path: singles.append(sd))
+    method = METHOD._replace(attacks={"mine": lab.EvalAttack(attack, title="two words in front")})
+    flags = ["--out", out, "--resume", "--save-images", images, "--save-pipeline",
+             "--save-single-file"]
+    assert run(*flags, method=method) == 130 and "--resume" in capsys.readouterr().err
+    assert run(*flags, method=method) == 0
+    printed = capsys.readouterr().out.replace(str(tmp_path), "")
+    assert "ASR, two words in front" in printed and max(map(len, printed.splitlines())) <= 80
+    assert {path.name for path in out.iterdir()} == {
+        "text_encoder", "results.json", "samples.png", "losses.png", "README.md", "pipeline"}
+    assert encoder(out) == encoder(out / "pipeline")
+    assert sd_mini.fingerprint(singles[0].text_encoder) == sd_mini.fingerprint(
+        sd_mini.load_text_encoder(out / "text_encoder")) != before
+
     results = json.loads((out / "results.json").read_text())
-    assert results["config"]["lr"] == 1e-3
-    erased = results["results"]["erased"]
-    assert erased["pre_attack_asr"]["n"] == 3 and erased["utility"]["n"] == 3
-    assert {"mine", "all"} <= erased["details"].keys() and "token" not in erased["details"]
+    assert results["config"]["lr"] == 0.02
+    for name, folder, word in (("original", tmp_path, "blue "), ("erased", out, "red ")):
+        details = results["results"][name]["details"]
+        for part, front in (("rows", ""), ("neighbours", ""), ("utility", ""), ("mine", word)):
+            assert len(details[part]) == 2
+            for picture, path in zip(drawn(folder, details[part], front),
+                                     sorted((images / name / part).iterdir())):
+                kept = torch.tensor(matplotlib.image.imread(path)[..., :3]).permute(2, 0, 1)
+                assert (kept - picture).abs().max() < 0.01, (name, part)
+        assert all(d["adversarial_prompt"] == word + d["prompt"] for d in details["mine"])
+    targets = drawn(tmp_path, details["rows"])
+    assert [erased for erased, _ in asked] == [False, True]
+    assert all((pictures - targets).abs().max() < 0.01 for _, pictures in asked)
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    flags = ["--steps", "6", "--save-every", "2", "--eval-attacks", "mine"]
-    assert run(*flags, "--out", whole) == 0
-
-    class Stopping(torch.optim.Adam):
-        steps = 0
-
-        def step(self):
-            Stopping.steps += 1
-            if Stopping.steps == 5:
-                raise OSError("the disk is full")
-            super().step()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.optim, "Adam", Stopping)
-        assert run(*flags, "--out", stopped) == 1
-    assert run(*flags, "--out", stopped) == 2  # it is not begun anew in silence
-    assert run(*flags, "--out", stopped, "--resume") == 0
-    a, b = ((folder / "text_encoder/model.safetensors").read_bytes() for folder in (whole, stopped))
-    assert a == b
-
-
-def test_it_gets_rows_of_a_comparison(tmp_path, capsys):
-    flags = ["--task", "compare", "--steps", "3", "--out", tmp_path]
-    assert run(*flags) == 0
-    lines = capsys.readouterr().out.splitlines()
-    head = next(i for i, line in enumerate(lines) if line.startswith("%"))
-    assert lines[head].split()[:4] == ["%", "pre", "2in", "all"]
-    assert "the same or broken by two words" in (tmp_path / "table.md").read_text()
-    first = [line.split("  ")[0] for line in lines[head + 1 : head + 4]]
-    assert first == ["original", "mine", "mine, weak"]
-    configs = [json.loads((tmp_path / row / "seed-0/results.json").read_text())["config"]
-               for row in ("mine", "mine+_weak")]
-    assert [config["strength"] for config in configs] == [1.0, 0.1]
-    assert all((tmp_path / name).is_file() for name in ("table.md", "compare.png", "tradeoff.png"))
-
-
-def test_it_may_have_no_attack(tmp_path):
-    method = lab.Method(Config, forget)
-    words = [*FLAGS, "--steps", "2", "--out", str(tmp_path / "run")]
-    assert tasks.run_task(method, settings.parse(Config, words)) == 0
-    shutil.rmtree(tmp_path / "run")
-    assert tasks.run_task(method, settings.parse(Config, [*words, "--task", "compare"])) == 0
-    assert (tmp_path / "run/table.md").is_file()
+def test_an_encoder_is_scored_and_draws_as_it_did_in_its_run(drawn, tmp_path, monkeypatch):
+    out, again, seen = tmp_path / "run", tmp_path / "again", []
+    assert run("--out", out) == 0 and finished(out)["frechet"] > 0
+    flags = ["--text-encoder", out / "text_encoder", "--out"]
+    assert run("--task", "evaluate", *flags, again) == 0 and finished(again) == finished(out)
+    assert finished(again, "original") == finished(out, "original") != finished(out)
+    monkeypatch.setattr(report, "plot_grid", lambda path, prompts, lines: seen.append(lines[""]))
+    flags = ["--task", "sample", "--prompts", "a church", *flags]
+    assert run(*flags, again) == 2 and run(*flags, again, "--overwrite") == 0
+    assert run(*flags, tmp_path, "--seed", "7") == 0
+    for pictures, seed in zip(seen, (0, 7), strict=True):
+        assert torch.equal(pictures, drawn(out, [{"prompt": "a church", "seed": seed}]))
