@@ -583,16 +583,14 @@ def comparison_rows(sd_o, concepts, config):
             "AdvUnlearn, other retain set": dict(retain_set=other_set)}
 
 
-PREFIXES = (  # name, what its column counts, title and short title in tables
-    ("token", "a prefix of tokens (UnlearnDiffAtk)", "token attack", "tok"),
-    ("random", "random tokens, at as many looks: the control", "random prefix", "rnd"),
-    ("longer", "the token attack with a longer prefix", "longer prefix", "lon"),
-    ("embedding", "a prefix of free embeddings", "embedding attack", "emb"))
-ATTACKS = {kind: EvalAttack(partial(prefix_attack, kind=kind), *texts,
-                            partial(prefix_length, kind=kind))
-           for kind, *texts in PREFIXES}
-ATTACKS["inversion"] = EvalAttack(inversion_attack, "one embedding as its name (CCE)",
-                                  room=lambda config: 1, together=True)
+PREFIXES = ("token",  # UnlearnDiffAtk's
+            "random",  # the control: random tokens, at as many looks
+            "longer",  # the token attack with more tokens
+            "embedding")  # of no tokens
+ATTACKS = {kind: EvalAttack(search=partial(prefix_attack, kind=kind),
+                            room=partial(prefix_length, kind=kind)) for kind in PREFIXES}
+ATTACKS["inversion"] = EvalAttack(inversion_attack, room=lambda config: 1,  # CCE's
+                                  together=True)
 METHOD = Method(config=Config, train=advunlearn, attacks=ATTACKS, toy=TOY,
                 concepts=CONCEPTS, check=check_prompts, rows=comparison_rows)
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from safetensors.torch import load_file, save_file
 
-from ..files import read_json, write_json
+from ..files import read_json
 from . import experiment, report, runs
 from .evaluation import rate_of
 from .prompts import slug
@@ -101,27 +100,19 @@ def read_runs(out, records):
 
 
 def write_comparison(out, records, shared, config):
-    """Write table.md, results.json, compare.png and tradeoff.png to OUT, and print the table."""
+    """Write table.csv and compare.png to OUT, and print the table."""
     found, attacks = read_runs(out, records), shared.method.attacks
-    commits = sorted({run["commit"] for seeds in found.values() for run in seeds.values()})
+    about = {name: {"seeds": " ".join(seed.removeprefix("seed-") for seed in seeds),
+                    "commits": " ".join(sorted({run["commit"] for run in seeds.values()}))}
+             for name, seeds in found.items()}
     found = {name: {seed: run["results"][name] for seed, run in seeds.items()}
              for name, seeds in found.items()}
     figures = {name: pooled(list(seeds.values())) for name, seeds in found.items()}
-    seeds = sorted({seed.removeprefix("seed-") for seeds in found.values() for seed in seeds})
+    report.write_table(out / "table.csv", figures, attacks, about)
+    report.decorate(plot_comparison, out / "compare.png", found, shared.evaluation_set, config)
     n, steps = len(shared.evaluation_set.rows), config.eval_attack_steps
-    title = (f"{config.concept}, {config.model}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}; "
-             f"{n} prompts, attacks of {steps} steps")
-    table = report.markdown(figures, attacks, title, commits)
-    (out / "table.md").write_text(table, encoding="utf-8")
-    without = {name: {seed: {key: value for key, value in result.items() if key != "details"}
-                      for seed, result in seeds.items()} for name, seeds in found.items()}
-    write_json(out / "results.json", {"pooled": figures, "seeds": without})
-    report.decorate(plot_comparison, out / "compare.png", found, shared.evaluation_set,
-                    config)
-    if config.eval_attacks:
-        report.decorate(plot_tradeoff, out / "tradeoff.png", figures, config.eval_attacks[0],
-                        config.concept)
-    print(f"{title}\n{report.rates_table(figures, attacks)}")
+    print(f"{config.concept}, {config.model}: {n} prompts a seed, attacks of {steps} steps\n"
+          f"{report.rates_table(figures, attacks)}\n{out / 'table.csv'}")
 
 
 THUMBNAILS = "pictures.safetensors"
@@ -167,25 +158,3 @@ def plot_comparison(path, found, evaluation_set, config):
         attacked = [f"attacked: {prompt}" for prompt in prompts] if attack else []
         others = [row.prompt for row in evaluation_set.utility[:3]]
         report.plot_grid(path, [*prompts, *attacked, *others], lines)
-
-
-def plot_tradeoff(path, figures, attack, concept):
-    """tradeoff.png: robustness against utility, a point a row with its 95 % intervals."""
-    points = {name: row for name, row in figures.items() if row.get("utility")}
-    if not points:  # a classifier may know the concept alone
-        return
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    axis = figure.subplots()
-    for i, (name, row) in enumerate(points.items()):
-        utility, asr = row["utility"], row[f"{attack}_asr"]
-        x, y = 100 * utility["rate"], 100 * (1 - asr["rate"])
-        axis.errorbar(x, y, [[y - 100 * (1 - asr["high"])], [100 * (1 - asr["low"]) - y]],
-                      [[x - 100 * utility["low"]], [100 * utility["high"] - x]],
-                      fmt="os^"[i // 10 % 3], label=name, elinewidth=0.5)
-    axis.set_title(f"erasing {concept}", parse_math=False)
-    axis.set(xlabel="utility, %", ylabel=f"robustness: 100 - ASR under the {attack} attack, %",
-             xlim=(-4, 104), ylim=(-4, 104))
-    axis.grid(alpha=0.3)
-    for name in figure.legend(loc="outside right upper", fontsize=8).get_texts():
-        name.set_parse_math(False)
-    figure.savefig(path, dpi=150)

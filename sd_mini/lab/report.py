@@ -1,43 +1,32 @@
-"""What a run shows of its results: tables, pictures, the loss plot, the model card."""
-import json
+"""What a run shows of its results: tables, pictures, the loss plot."""
+import csv
 import re
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
 
-COLUMNS = {  # figure -> its name, the same short, what it counts
-    "pre_attack_asr": ("pre-attack ASR", "pre",
-                       "% of the concept's prompts whose picture shows it, without attack"),
-    "paraphrase_asr": ("ASR, paraphrases", "par",
-                       "% of prompts that mean the concept and never name it"),
-    "clean": ("clean", "cln",
-              "% of the concept's prompts whose picture is one, not ruined, without attack"),
-    "kept": ("kept", "kpt", "the same, and the rest of the prompt is still there: the style, where "
-             "an object is erased; the object, where a style is"),
-    "utility": ("utility", "uti", "% of prompts for other things whose picture shows the thing, in "
-                "whatever style and colour"),
-    "neighbours": ("neighbours", "nei", "the same for what is most like the concept"),
-    "styles": ("styles", "sty",
-               "% of prompts for other things in a style whose picture has that style"),
-    "clip_score": ("CLIP score", "CLIP",
-                   "mean cosine of prompt and picture, on the utility prompts"),
-    "frechet": ("Frechet distance", "FD", "between the classifier's features of the original's and "
-                "this model's utility pictures; it falls with their number, no FID"),
-    "minutes": ("training minutes", "min", "wall clock"),
+COLUMNS = {  # figure -> its title, the same short; TUTORIAL, section 10, says what each counts
+    "pre_attack_asr": ("pre-attack ASR", "pre"),
+    "paraphrase_asr": ("ASR, paraphrases", "par"),
+    "clean": ("clean", "cln"),
+    "kept": ("kept", "kpt"),
+    "utility": ("utility", "uti"),
+    "neighbours": ("neighbours", "nei"),
+    "styles": ("styles", "sty"),
+    "clip_score": ("CLIP score", "CLIP"),
+    "frechet": ("Frechet distance", "FD"),
+    "minutes": ("training minutes", "min"),
 }
 
 
 def columns(results, attacks):
     """The columns that these results have, behind the first those of the method's attacks."""
-    asr = {f"{name}_asr": (f"ASR, {attack.title or f'{name} attack'}", attack.short or name[:3],
-                           f"the same or broken by {attack.what}")
-           for name, attack in attacks.items()}
+    asr = {f"{name}_asr": (f"ASR, {name}", name[:3]) for name in attacks}
     every = {"pre_attack_asr": COLUMNS["pre_attack_asr"], **asr, **COLUMNS}
     return {key: column for key, column in every.items()
             if any(result.get(key) is not None for result in results)}
@@ -63,7 +52,7 @@ def aligned(rows, *widths):
 def table(results, attacks):
     """{"original": {figure: number or {rate, low, high, n}}, "erased": ...} -> 80 columns."""
     rows = [["% [95 % interval]", *results, "n"]]
-    for key, (title, _, _) in columns(results.values(), attacks).items():
+    for key, (title, _) in columns(results.values(), attacks).items():
         found = [result.get(key) for result in results.values()]
         n = found[0]["n"] if isinstance(found[0], dict) else ""
         if key != "minutes":
@@ -80,31 +69,25 @@ def ruined(results):
 
 def rates_table(figures, attacks):
     """{row: figures} -> the rates, without their intervals, in 80 columns."""
-    keys = {key: short for key, (_, short, _) in columns(figures.values(), attacks).items()
+    keys = {key: short for key, (_, short) in columns(figures.values(), attacks).items()
             if key not in ("minutes", "clip_score", "frechet")}
     rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
             for name, figure in figures.items()]
     return aligned([["%", *keys.values()], *rows], 30, *[4] * len(keys)) + ruined(figures)
 
 
-def markdown(figures, attacks, title, commits):
-    """The whole table, with intervals, what each column counts, the rows' commits and minutes."""
+def write_table(path, figures, attacks, about):
+    """table.csv: a line a row, rates in % with their 95 % Wilson interval.
+
+    about: {row: {title: what else is said of it}}.
+    """
     used = columns(figures.values(), attacks)
-    rows = [["method", *(name for name, _, _ in used.values())], ["---"] * (len(used) + 1)]
-    rows += [[escaped(name), *(text(figure.get(key)) for key in used)]
-             for name, figure in figures.items()]
-    meanings = "; ".join(f"{name}: {what}" for name, _, what in used.values())
-    minutes = sum(figure.get("minutes", 0) for figure in figures.values())
-    return "\n".join([
-        f"**{escaped(title)}**", "", *(f"| {' | '.join(row)} |" for row in rows), "",
-        f"Rates in % with their 95 % Wilson interval. {meanings}.", "",
-        f"{time.strftime('%Y-%m-%d')}, rows of commit {', '.join(commits)}, {minutes:.0f} minutes "
-        "of training a seed.", ""])
-
-
-def escaped(text):
-    """A user's text in Markdown, as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>#|$~])", r"\\\1", text)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        for name, figure in figures.items():
+            if file.tell() == 0:
+                table.writerow(["method", *(title for title, _ in used.values()), *about[name]])
+            table.writerow([name, *(text(figure.get(key)) for key in used), *about[name].values()])
 
 
 def commit():
@@ -118,7 +101,7 @@ def commit():
 
 
 def decorate(write, path, *arguments):
-    """Write a picture or a card. Where that fails, the run goes on with a warning."""
+    """Write a picture. Where that fails, the run goes on with a warning."""
     try:
         write(path, *arguments)
     except Exception as error:  # whatever a plotting library finds: the figures are safe
@@ -186,38 +169,3 @@ def plot_losses(path, history):
         axis.set(xlim=(0, len(history)), ylim=(0, None))
     axes[-1].set_xlabel("iteration")
     figure.savefig(path, dpi=120)
-
-
-# --- the model card
-
-CARD = """---
-library_name: diffusers
-tags: [text-to-image, stable-diffusion, concept-erasure, machine-unlearning]
----
-# {title}
-
-The {part} of {model}, trained to erase the concept; `results.json` has all settings.
-
-{figures}
-```python
-from diffusers import StableDiffusionPipeline
-from {library} import {cls}
-
-{part} = {cls}.from_pretrained({folder})
-pipeline = StableDiffusionPipeline.{opener}({source}, {part}={part})
-```
-"""
-
-
-def write_card(path, config, figures, part, folder):
-    """A model card for the hub. `part`: what was trained; `folder`: that of the original model."""
-    model, is_file = str(config.model), Path(config.model).is_file()
-    on_hub = model.count("/") == 1 and not Path(model).exists()
-    source = model.partition("@")[0] if on_hub else model if is_file else str(folder)
-    library, cls = (("transformers", "CLIPTextModel") if part == "text_encoder" else
-                    ("diffusers", "UNet2DConditionModel"))
-    path.write_text(CARD.format(
-        title=escaped(f'{model} without "{config.concept}"'), model=escaped(model),
-        figures=f"```\n{figures}\n```\n" if figures else "", library=library, cls=cls, part=part,
-        folder=json.dumps(str(path.parent / part)), source=json.dumps(source),
-        opener="from_single_file" if is_file else "from_pretrained"), encoding="utf-8")

@@ -220,7 +220,7 @@ def is_finished(out, record, resume=False, overwrite=False):
                              "anew, --out takes another folder")
         old = read_json(path)
         if "config" not in old:
-            raise ValueError(f"{out}: holds a comparison; --out takes another folder")
+            raise ValueError(f"{path}: is no run's; --out takes another folder")
         if changes := differences(old, record):
             raise ValueError(f"{out}: was run with {'; '.join(changes)}: --resume cannot go on, "
                              "--overwrite starts anew")

@@ -118,9 +118,6 @@ class EvalAttack(NamedTuple):
     """An attack of the evaluation."""
 
     search: Callable  # (sd, prompts, pictures, look, config): see evaluation.attack_prompts
-    what: str = "it"  # what its column counts: "the same or broken by ..."
-    title: str = ""  # in tables (default: "NAME attack")
-    short: str = ""  # the same in three letters
     room: Callable = lambda config: 0  # how many tokens it puts in front of a prompt
     together: bool = False  # search learns from all prompts at once: see evaluation.invert_concepts
 

@@ -14,7 +14,7 @@ import sd_mini
 from . import report, runs
 from .compare import compare
 from .evaluation import draw_rows
-from .experiment import (load_model, open_experiment, record, run, trained_parts, with_pictures,
+from .experiment import (load_model, open_experiment, record, run, with_pictures,
                          with_text_encoder, write_results)
 from .prompts import Row, read_concepts, slug, that_fit
 from .settings import TOY, is_toy
@@ -51,17 +51,15 @@ def erase_and_score(out, experiment, config):
               f"{config.eval_attack_steps} steps, in the original and the erased model")
     for name, model in models.items():
         sd, results[name], pictures[name] = run(experiment, config, out, name, model)
-    table = ""
     if experiment.evaluation_set:
-        table = report.table(results, experiment.method.attacks)
-        print(table)
+        print(report.table(results, experiment.method.attacks))
     write_results(out, experiment, config, results)
-    write_outputs(out, experiment, config, sd, pictures, table)
+    write_outputs(out, experiment, config, sd, pictures)
 
 
-def write_outputs(out, experiment, config, sd, pictures, table):
+def write_outputs(out, experiment, config, sd, pictures):
     """What a run leaves besides weights and figures."""
-    evaluation_set, sd_o = experiment.evaluation_set, experiment.sd_o
+    evaluation_set = experiment.evaluation_set
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
     if config.save_single_file:
@@ -69,9 +67,6 @@ def write_outputs(out, experiment, config, sd, pictures, table):
     if evaluation_set:
         report.decorate(report.plot_samples, out / "samples.png", evaluation_set, pictures,
                         config.eval_attacks)
-    if config.task == "train":
-        part = trained_parts(sd, sd_o)[0]
-        report.decorate(report.write_card, out / "README.md", config, table, part, sd_o.folder)
     for name in pictures if config.save_images else ():
         report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
     runs.close_folder(out)

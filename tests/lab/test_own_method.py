@@ -54,8 +54,7 @@ def last_prompt(sd, prompts, pictures, config):
 
 METHOD = lab.Method(
     Config, forget, attacks={
-        "mine": lab.EvalAttack(two_words, "two words", "two words in front", "2in",
-                               room=lambda config: 2),
+        "mine": lab.EvalAttack(two_words, room=lambda config: 2),
         "all": lab.EvalAttack(last_prompt, together=True)},
     rows=lambda sd_o, concepts, config: {"original": None, "mine": {},
                                          "mine, weak": dict(strength=0.1, lr=0.001)})
@@ -86,15 +85,15 @@ def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, mo
 
     monkeypatch.setattr(evaluation, "shown", lambda classifier, pictures, rows: [False] * len(rows))
     monkeypatch.setattr(sd_mini, "save_single_file", lambda sd, path: singles.append(sd))
-    method = METHOD._replace(attacks={"mine": lab.EvalAttack(attack, title="two words in front")})
+    method = METHOD._replace(attacks={"mine": lab.EvalAttack(attack)})
     flags = ["--out", out, "--resume", "--save-images", images, "--save-pipeline",
              "--save-single-file"]
     assert run(*flags, method=method) == 130 and "--resume" in capsys.readouterr().err
     assert run(*flags, method=method) == 0
     printed = capsys.readouterr().out.replace(str(tmp_path), "")
-    assert "ASR, two words in front" in printed and max(map(len, printed.splitlines())) <= 80
+    assert "ASR, mine" in printed and max(map(len, printed.splitlines())) <= 80
     assert {path.name for path in out.iterdir()} == {
-        "text_encoder", "results.json", "samples.png", "losses.png", "README.md", "pipeline"}
+        "text_encoder", "results.json", "samples.png", "losses.png", "pipeline"}
     assert encoder(out) == encoder(out / "pipeline")
     assert sd_mini.fingerprint(singles[0].text_encoder) == sd_mini.fingerprint(
         sd_mini.load_text_encoder(out / "text_encoder")) != before
