@@ -1,7 +1,7 @@
 """What things cost. The tables of costs in sd_mini/lab/README.md come from here.
 
-    python -m tests.bench              all rows, some twenty minutes on two cores
-    python -m tests.bench toy          some rows
+    python -m tests.bench                       all rows, some twenty minutes on two cores
+    python -m tests.bench iteration sampling    some rows
 
 A row that compares gives a ratio; both sides are measured in one run. A UNet evaluation is one
 picture through the UNet once. A backward through frozen weights is 1.07 of them. The rows at Stable
@@ -32,45 +32,22 @@ from sd_mini.weights import PARTS
 ROOT = Path(au.__file__).parent
 GPU = "cuda" if torch.cuda.is_available() else None
 PAPER = au.Config(model="toy", device="cpu", layers=0)  # the paper's schedule, on the toy's weights
-
+ITERATION = replace(PAPER, steps=1, warmup=0)  # with its attack
+AT_FULL_SIZE = replace(ITERATION, layers=1, trajectories=4, eval_batch=4)
 ERASE, RETAIN = ["church"], ["a photo of a house", "a photo of a boat"]
 
-V1 = {  # the configs of CompVis/stable-diffusion-v1-4
-    "unet": dict(
-        in_channels=4,
-        out_channels=4,
-        sample_size=64,
-        layers_per_block=2,
-        block_out_channels=(320, 640, 1280, 1280),
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
-    ),
+V1 = {  # CompVis/stable-diffusion-v1-4, where it departs from diffusers' and CLIP's defaults
+    "unet": dict(sample_size=64, cross_attention_dim=768),
     "vae": dict(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-    ),
-    "text_encoder": dict(
-        vocab_size=49408,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        max_position_embeddings=77,
-        hidden_act="quick_gelu",
-    ),
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4),
+    "text_encoder": dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12),
 }
-
-
 # A backward in forwards, through frozen weights: counted on the UNet of v1.4, 0.88 TFLOP and 0.82.
 BACKWARD = 1.07
 
+
+# --- UNet evaluations: a count, and the same in closed form
 
 @dataclass
 class Counted(sd_mini.StableDiffusion):
@@ -93,23 +70,14 @@ def counted(sd):
 
 
 def schedule(config, prompts=(1, 243)):
-    """UNet evaluations of training, in closed form.
-
-    `prompts`: how many there are to erase and to retain. `plain_share` is taken for 0.
+    """UNet evaluations of training. `prompts`: how many there are to erase and to retain.
 
     Each latent in a loss costs a forward and a backward. With gamma 0 a retain latent has no
-    backward. What is sampled comes on top. With the bank there are trajectories for both kinds of
-    prompts. They are sampled once, as many for each prompt:
-
-        (trajectories + trajectories) * trajectory_steps * 2
-
-    Afresh, each latent drawn costs a guided run up to a step drawn evenly. On average that is
-
-        2 * (trajectory_steps + 1) / 2
+    backward. What is sampled comes on top, each step of it guided. The bank is sampled once, as
+    many runs for each prompt. Afresh, each latent is a run up to a step drawn evenly.
     """
     attacked = 0 if config.attack == "none" else config.steps - config.warmup
-    attacks = attacked * config.attack_steps
-    erase = (attacks + config.steps) * config.erase_batch
+    erase = (attacked * config.attack_steps + config.steps) * config.erase_batch
     retain = config.steps * config.retain_batch
     step = 1 + BACKWARD
     trained = step * erase + (step if config.retain_weight else 1) * retain
@@ -120,7 +88,7 @@ def schedule(config, prompts=(1, 243)):
 
 
 def evaluation_work(config, related=20):
-    """UNet evaluations of evaluating one model, in closed form, where no attack breaks anything.
+    """UNet evaluations of evaluating one model, where no attack breaks anything.
 
     They are those of the pictures (of the concept's, the utility and the related prompts), of each
     attack's steps, forward and backward (the random one has none), and of its looks. `related`: for
@@ -134,35 +102,83 @@ def evaluation_work(config, related=20):
     return drawn + config.eval_prompts * attacked
 
 
+# --- times
+
 def iterations(sd, config):
     """Run the outer loop -> (seconds, UNet evaluations).
 
     The seconds are without the bank's sampling, since a run pays for it once. The evaluations are
-    those of everything.
+    those of everything. As in a run, an encoder in fp32 uses the tensor cores where the others are
+    in half precision.
     """
-    sd, times = counted(sd), []
-    source = au.trajectory_bank
+    exact = sd.dtype == torch.float32
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    sd, source, begun = counted(sd), au.trajectory_bank, [time.time()]
 
-    def timed(*arguments, **keywords):
-        draw = source(*arguments, **keywords)
-        times.append(time.time())
+    def timed(*arguments):
+        draw = source(*arguments)
+        begun.append(time.time())
         return draw
 
     au.trajectory_bank = timed
-    begin = time.time()
     try:
         au.advunlearn(sd, ERASE, RETAIN, config)
     finally:
         au.trajectory_bank = source
-    return time.time() - (times[-1] if times else begin), sum(sd.work)
+    return time.time() - begun[-1], sum(sd.work)
+
+
+def seconds(run):
+    """Of a call, with what it launched on the GPU."""
+    begin = time.time()
+    run()
+    if GPU:
+        torch.cuda.synchronize()
+    return time.time() - begin
+
+
+def spread(values):
+    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+
+
+def in_turns(one, other, repeats=5):
+    """Measure two in turns, by functions that give seconds -> the row's text."""
+    times = [(one(), other()) for _ in progress(range(repeats + 1), "in turns")]
+    ours, theirs = zip(*times[1:])  # the first, which may compile, does not count
+    ratio = statistics.median(theirs) / statistics.median(ours)
+    return f"{spread(ours)} s against {spread(theirs)} s: {ratio:.3g} times less"
+
+
+def bank_against_fresh(sd, config):
+    fresh = replace(config, fresh_trajectories=True)
+    return in_turns(lambda: iterations(sd, config)[0], lambda: iterations(sd, fresh)[0])
+
+
+def side_by_side(one, other):
+    """An iteration of two models at full size."""
+    return in_turns(*(lambda sd=sd: iterations(sd, AT_FULL_SIZE)[0] for sd in (one, other)))
+
+
+def against_limit(sd, config, width, repeats=5):
+    """Time an iteration and its FLOPs' worth of matrix products -> the row's text."""
+    small = replace(config, trajectories=1, trajectory_steps=1)
+    with FlopCounterMode(display=False) as everything:
+        iterations(sd, small)
+    with FlopCounterMode(display=False) as banks:
+        for prompts in (ERASE, RETAIN):
+            au.trajectory_bank(sd, prompts, small)
+    flops = everything.get_total_flops() - banks.get_total_flops()
+    a, took, products = torch.randn(width, width, device=sd.device, dtype=sd.dtype), [], []
+    for _ in progress(range(repeats), "iteration"):
+        took.append(iterations(sd, config)[0])
+        products.append(seconds(lambda: [a @ a for _ in range(20)]) / 20)
+    limit = flops / (2 * width**3) * statistics.median(products)
+    ratio = statistics.median(took) / limit
+    return f"{spread(took)} s against {limit:.3g} s for {flops / 1e12:.3g} TFLOP: {ratio:.1f} times"
 
 
 def v1(dtype):
-    """Stable Diffusion 1 with random weights and the toy's tokenizer; its text encoder in fp32.
-
-    As in a run, that uses the tensor cores where the others are in half precision.
-    """
-    torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+    """Stable Diffusion 1 with random weights and the toy's tokenizer; its text encoder in fp32."""
     with torch.device(GPU):
         parts = {part: PARTS[part][0](config).requires_grad_(False).to(dtype)
                  for part, config in V1.items()}
@@ -170,146 +186,107 @@ def v1(dtype):
     return replace(sd_mini.load("toy"), **parts, precision=dtype)
 
 
-def spread(values):
-    return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+# --- the rows
+
+ROWS = {}  # name -> a function that measures -> (what was measured, the goal)
 
 
-# --- the rows: a docstring says what is measured, and is printed
+def row(goal, on_gpu=False):
+    """What follows is a row. Its docstring says what is measured, and is printed."""
+    def register(measure):
+        def measured():
+            text = measure() if GPU or not on_gpu else "no GPU here"
+            return text, goal
+        measured.__doc__ = measure.__doc__
+        ROWS[measure.__name__] = measured
+        return measure
+    return register
 
-def bench_evaluations():
-    """A default run, against the published schedule."""
+
+@row("12 times fewer")
+def evaluations():
+    """A default run, against the published schedule, UNet evaluations."""
     ours, published = schedule(PAPER), schedule(replace(PAPER, fresh_trajectories=True))
-    measured = f"{ours:,.0f} against {published:,.0f}: {published / ours:.1f} times fewer"
-    return measured, "12 times fewer"
+    return f"{ours:,.0f} against {published:,.0f}: {published / ours:.1f} times fewer"
 
 
-def bench_evaluation():
+@row("1 times as many")
+def evaluation():
     """Evaluating an encoder, 50 prompts, default attacks, if none succeeds, against training it,
     UNet evaluations
     """
     ours, training = evaluation_work(PAPER), schedule(PAPER)
-    ratio = f"{ours / training:.2f} times as many"
-    return f"{ours:,.0f} against {training:,.0f}: {ratio}", "1 times as many"
+    return f"{ours:,.0f} against {training:,.0f}: {ours / training:.2f} times as many"
 
 
-def bank_against_fresh(ours, published, config, repeats):
-    """Time an iteration, of `ours` with the bank and of `published` afresh -> the row's text."""
-    anew, bank, fresh = replace(config, fresh_trajectories=True), [], []
-    for _ in progress(range(repeats), "iteration"):
-        bank.append(iterations(ours, config)[0])
-        fresh.append(iterations(published, anew)[0])
-    ratio = statistics.median(fresh) / statistics.median(bank)
-    return f"{spread(bank)} s against {spread(fresh)} s: {ratio:.1f} times less"
+@row("12 times less")
+def iteration():
+    """Seconds an iteration (toy, the paper's schedule), with the bank and afresh."""
+    return bank_against_fresh(sd_mini.load("toy"), ITERATION)
 
 
-def bench_iteration(repeats=5):
-    """Seconds an iteration, with the bank and afresh."""
-    sd = sd_mini.load("toy")
-    return bank_against_fresh(sd, sd, replace(PAPER, steps=1, warmup=0), repeats), "12 times less"
-
-
-def bench_limit(repeats=5):
+@row("3 times, on a GPU")
+def limit():
     """Seconds an iteration (toy, the paper's schedule), against those that its FLOPs would take at
     the speed of a matrix product in the same precision
     """
-    return against_limit(sd_mini.load("toy"), replace(PAPER, steps=1, warmup=0), repeats, 1024)
+    return against_limit(sd_mini.load("toy"), ITERATION, 1024)
 
 
-def against_limit(sd, config, repeats, width):
-    """Time an iteration and its FLOPs' worth of matrix products -> the row's text and goal."""
-    small = replace(config, trajectories=1, trajectory_steps=1)
-    with FlopCounterMode(display=False) as everything:
-        iterations(sd, small)
-    with FlopCounterMode(display=False) as banks:
-        for prompts in (ERASE, RETAIN):
-            au.trajectory_bank(sd, prompts, small)
-    a = torch.randn(width, width, device=sd.device, dtype=sd.dtype)
-    took, products = [], []
-    for _ in progress(range(repeats), "iteration"):
-        took.append(iterations(sd, config)[0])
-        synchronize()
-        begin = time.time()
-        for _ in range(20):
-            a @ a
-        synchronize()
-        products.append((time.time() - begin) / 20)
-    flops = everything.get_total_flops() - banks.get_total_flops()
-    limit = flops / (2 * width**3) * statistics.median(products)
-    ratio = statistics.median(took) / limit
-    text = f"{spread(took)} s against {limit:.3g} s for {flops / 1e12:.3g} TFLOP: {ratio:.1f} times"
-    return text, "3 times, on a GPU"
+@row("1 times less")
+def sampling():
+    """Seconds to draw 8 pictures in 20 steps, against diffusers."""
+    try:
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
+    except ImportError:
+        return "diffusers is not installed"
+
+    sd, folder = sd_mini.load("toy"), sd_mini.weights.TOY
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipeline = pipeline.to(torch.float32)  # its files are in fp16
+    pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    pipeline.set_progress_bar_config(disable=True)
+    prompts, seeds = ["a photo of a church"] * 8, list(range(8))
+    return in_turns(
+        lambda: seconds(lambda: sd.sample(prompts, seed=seeds, steps=20)),
+        lambda: seconds(lambda: pipeline(prompts, latents=sd.initial_noise(seeds), output_type="pt",
+                                         num_inference_steps=20)))
 
 
-def emptied():
-    """Give back the memory of dropped models."""
-    gc.collect()
-    if GPU == "cuda":
-        torch.cuda.empty_cache()
-
-
-def synchronize():
-    """Wait until the GPU has done what was launched."""
-    if GPU == "cuda":
-        torch.cuda.synchronize()
-
-
-def full_size():
-    return replace(PAPER, steps=1, warmup=0, layers=1, trajectories=4, eval_batch=4)
-
-
-def bench_v1_iteration(repeats=5):
+@row("20 times less", on_gpu=True)
+def v1_iteration():
     """Seconds an iteration at full size on the GPU in bf16, with the bank and afresh."""
-    if not GPU:
-        return "no GPU here", "20 times less"
-    sd = v1(torch.bfloat16)
-    return bank_against_fresh(sd, sd, full_size(), repeats), "20 times less"
+    return bank_against_fresh(v1(torch.bfloat16), AT_FULL_SIZE)
 
 
-def bench_v1_limit(repeats=5):
+@row("3 times", on_gpu=True)
+def v1_limit():
     """Seconds an iteration at full size on the GPU in bf16, against its FLOPs' worth of matrix
     products
     """
-    if not GPU:
-        return "no GPU here", "3 times"
-    return against_limit(v1(torch.bfloat16), full_size(), repeats, 8192 if GPU == "cuda" else 256)
+    return against_limit(v1(torch.bfloat16), AT_FULL_SIZE, 8192)
 
 
-def bench_v1_compile(repeats=5):
+@row("faster", on_gpu=True)
+def v1_compile():
     """Seconds an iteration at full size on the GPU in bf16, with --compile and without."""
-    if not GPU:
-        return "no GPU here", "faster"
     sd = v1(torch.bfloat16)
     compiled = replace(sd, unet=copy.deepcopy(sd.unet))
     compiled.unet.compile()
-    return side_by_side(compiled, sd, repeats), "faster"
+    return side_by_side(compiled, sd)
 
 
-def bench_v1_fp16(repeats=5):
+@row("faster", on_gpu=True)
+def v1_fp16():
     """Seconds an iteration at full size on the GPU, in fp16 and in fp32."""
-    if not GPU:
-        return "no GPU here", "faster"
-    return side_by_side(v1(torch.float16), v1(torch.float32), repeats), "faster"
+    return side_by_side(v1(torch.float16), v1(torch.float32))
 
 
-def side_by_side(one, other, repeats):
-    """Time an iteration of two models in turns -> the row's text."""
-    times = [], []
-    for _ in progress(range(repeats + 1), "iteration"):
-        for model, took in zip((one, other), times):
-            exact = model.dtype == torch.float32
-            torch.set_float32_matmul_precision("highest" if exact else "high")
-            took.append(iterations(model, full_size())[0])
-    times = [took[1:] for took in times]  # the first compiles
-    ratio = statistics.median(times[1]) / statistics.median(times[0])
-    return f"{spread(times[0])} s against {spread(times[1])} s: {ratio:.1f} times less"
-
-
-def bench_v1_run():
+@row("an hour, 12 GiB", on_gpu=True)
+def v1_run():
     """A whole run at full size on the GPU, random weights: 1,000 iterations, 50 prompts evaluated;
     and the most GPU memory held
     """
-    if not GPU:
-        return "no GPU here", "an hour, 12 GiB"
     import transformers
 
     with tempfile.TemporaryDirectory() as folder:
@@ -322,90 +299,42 @@ def bench_v1_run():
             "size": {"shortest_edge": 224}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3})
         command = [sys.executable, "advunlearn.py", "--model", f"{folder}/v1", "--classifier",
                    f"{folder}/classifier:church", "--clip-score", "none", "--out", f"{folder}/run"]
-        emptied()
+        gc.collect()
+        torch.cuda.empty_cache()
         begin = time.time()
-        said = subprocess.run([*command, "--device", GPU, *RUN_FLAGS], cwd=ROOT, check=True,
-                              stdout=subprocess.PIPE, text=True).stdout
-    memory = re.findall(r"[\d.]+ GiB", said)
-    return f"{(time.time() - begin) / 60:.3g} minutes, {' '.join(memory)}", "an hour, 12 GiB"
+        said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    memory = re.findall(r"[\d.]+ GiB", said.stdout)
+    return f"{(time.time() - begin) / 60:.3g} minutes, {' '.join(memory)}"
 
 
-RUN_FLAGS = []  # the defaults are the paper's
-
-
-def bench_v1_memory():
+@row("12 and 8 GiB", on_gpu=True)
+def v1_memory():
     """Most GPU memory held at full size in bf16, retain batch 5, and with --low-memory; a run's
     bank of 243 retain prompts takes 2.4 GB more without it
     """
-    goal, peaks = "12 and 8 GiB", []
-    if not GPU:
-        return "no GPU here", goal
+    peaks = []
     for low_memory in (False, True):
-        sd = None
-        emptied()
+        sd = None  # the one before
+        gc.collect()
+        torch.cuda.empty_cache()
         sd = v1(torch.bfloat16)
         if low_memory:
             sd_mini.recompute_activations(sd.unet)
         torch.cuda.reset_peak_memory_stats()
         iterations(sd, replace(PAPER, steps=2, warmup=1, layers=1, low_memory=low_memory))
         peaks.append(torch.cuda.max_memory_reserved() / 2**30)
-    return "{:.1f} and {:.1f} GiB".format(*peaks), goal
-
-
-def bench_sampling(repeats=5, prompts=8, steps=20):
-    """Drawing pictures, against diffusers."""
-    try:
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
-    except ImportError:
-        return "diffusers is not installed", "1 times as fast"
-
-    sd, folder = sd_mini.load("toy"), sd_mini.weights.TOY
-    pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
-    pipeline = pipeline.to(torch.float32)  # its files are in fp16
-    pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    pipeline.set_progress_bar_config(disable=True)
-    texts, seeds = ["a photo of a church"] * prompts, list(range(prompts))
-    ours, theirs = [], []
-    for _ in progress(range(repeats + 1), "sampling"):
-        begin = time.time()
-        sd.sample(texts, seed=seeds, steps=steps)
-        middle = time.time()
-        pipeline(texts, latents=sd.initial_noise(seeds), num_inference_steps=steps,
-                 output_type="pt")
-        end = time.time()
-        ours.append(middle - begin)
-        theirs.append(end - middle)
-    ours, theirs = ours[1:], theirs[1:]  # the first, which is slower, does not count
-    ratio = statistics.median(theirs) / statistics.median(ours)
-    measured = f"{spread(ours)} s against {spread(theirs)} s: {ratio:.2f} times as fast"
-    return measured, "1 times as fast"
-
-
-def bench_toy():
-    """The README's first command, evaluation included; and how its time is shared."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "advunlearn.py", "--concept", "church", "--device", "cpu",
-                   "--model", "toy", "--out", folder + "/run"]
-        begin = time.time()
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        took, results = time.time() - begin, sd_mini.read_json(Path(folder) / "run/results.json")
-    training = 60 * results["results"]["erased"]["minutes"]
-    return f"{took:.0f} s, of which training {training:.0f} s", "180 s"
-
-
-ROWS = {name.removeprefix("bench_"): function
-        for name, function in list(globals().items()) if name.startswith("bench_")}
+    return "{:.1f} and {:.1f} GiB".format(*peaks)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", choices=[*ROWS, []], default=[])
-    rows = parser.parse_args().rows or list(ROWS)
+    names = parser.parse_args().rows or list(ROWS)
     print(f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}, "
           f"{torch.get_num_threads()} threads, {platform.machine()}; median (least to most)\n\n"
           "| what | measured | goal |\n| --- | --- | --- |", flush=True)
-    for name in rows:
+    for name in names:
         measured, goal = ROWS[name]()
         what = " ".join(ROWS[name].__doc__.split()).rstrip(".")
         print(f"| {what} | {measured} | {goal} |", flush=True)

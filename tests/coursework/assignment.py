@@ -11,7 +11,6 @@ grade.json. Two exercises are open. Their score is what the toy then does:
 import argparse
 import ast
 import contextlib
-import importlib
 import importlib.util
 import json
 import os
@@ -26,10 +25,13 @@ from pathlib import Path
 import pytest
 
 # Nothing of the project is imported here: a student's file may be no Python.
-from .exercises import CHECKS, EXERCISES, FILES
+from .exercises import EXERCISES, FILES
 
 ROOT = Path(__file__).parents[2]
-REFERENCE = Path(__file__).parents[1] / "reference.zip"  # in a student's copy: the solutions
+SOLUTIONS = Path(__file__).parents[1] / "reference.zip"  # in a student's copy
+COPIED = ("sd_mini", "prompts", "tests/coursework", "tests/pictures", "tests/__init__.py",
+          "tests/conftest.py", "advunlearn.py", "requirements.txt", "LICENSE", ".gitignore",
+          "README.md", "TUTORIAL.md")
 SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
     11: (
         10,
@@ -51,13 +53,14 @@ SCORES = ("pre_attack_asr", "token_asr", "embedding_asr", "utility", "neighbours
 HANDOUT = """\
 # AdvUnlearn: exercises
 
-Replace each `raise NotImplementedError` by the body that signature and docstring ask for. The
-equations are in `TUTORIAL.md`. `pytest --exercise 3` grades one exercise, `pytest` all of them.
-Each is graded by itself: a wrong one costs no points in the others. You can choose the seeds,
-`pytest --grade-seed 7`: a copied constant does not pass.
-
     pip install -r requirements.txt
-    pytest --exercise 1
+    pytest --exercise {first}
+
+Replace each `raise NotImplementedError` by the body that signature and docstring ask for. The
+equations are in `TUTORIAL.md`. Plain `pytest` grades all exercises, each by itself: a wrong one
+costs no points in the others. A copied constant does not pass, since the teacher chooses other
+inputs (`--grade-seed 7`). `--tb short` shows where in your code it broke. Hand in the files that
+you changed.
 
 | exercise | what | where | TUTORIAL.md |
 | --- | --- | --- | --- |
@@ -70,15 +73,14 @@ The open exercises are scored by what the toy then does. A score takes a few min
 
 # --- the student's copy
 
-def functions(tree):
+def functions(tree, prefix=""):
     """{qualified name: node} of a module's functions and methods."""
     found = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
-            found[node.name] = node
+            found[prefix + node.name] = node
         elif isinstance(node, ast.ClassDef):
-            methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
-            found |= {f"{node.name}.{item.name}": item for item in methods}
+            found |= functions(node, f"{node.name}.")
     return found
 
 
@@ -98,36 +100,30 @@ def make(out, only=()):
     """Write the student's copy to a new folder."""
     from sd_mini.files import make_writable
 
-    within = ROOT in out.resolve().parents  # pytest would find two of each test
-    if out.exists() or within:
-        why = "is inside the project; choose a folder beside it" if within else "is there already"
-        print(f"error: --out {out}: {why}", file=sys.stderr)
-        sys.exit(2)
-    chosen = {number: exercise for number, exercise in EXERCISES.items()
-              if not only or number in only}
-    # Lists of wrong versions hold the right lines too.
-    solved = ("mutants.py", "paper", "test_mutants.py", "test_assignment.py")
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", "reference.zip", *solved)
-    for name in ("sd_mini", "prompts", "tests"):
-        shutil.copytree(ROOT / name, out / name, ignore=ignore)
-    for name in ("advunlearn.py", "requirements.txt", "LICENSE", ".gitignore"):
-        shutil.copy(ROOT / name, out / name)
-    make_writable(out)
-    for name in ("README.md", "TUTORIAL.md"):
-        text = (ROOT / name).read_text(encoding="utf-8")
-        (out / name).write_text(without_answers(text), encoding="utf-8")
-    with zipfile.ZipFile(out / "tests/reference.zip", "w") as solutions:
+    chosen = {n: exercise for n, exercise in EXERCISES.items() if not only or n in only}
+    ignored = shutil.ignore_patterns("__pycache__", "test_assignment.py")  # it has right lines
+    for name in COPIED:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, out / name, ignore=ignored)
+            make_writable(out / name)  # the project may be read-only
+        else:
+            (out / name).write_bytes((ROOT / name).read_bytes())
+    with zipfile.ZipFile(out / "tests" / SOLUTIONS.name, "w") as solutions:
         for file in FILES:
-            solutions.write(ROOT / file, f"reference_{Path(file).name}")
+            solutions.writestr(file, (ROOT / file).read_bytes())
+    for name in ("README.md", "TUTORIAL.md"):
+        rewrite(out / name, without_answers)
     for number, exercise in chosen.items():
-        for file, names in exercise.functions.items():
-            source = (out / file).read_text(encoding="utf-8")
-            for name in names:
-                message = (f"Exercise {number}: {exercise.title}, {name}; see TUTORIAL.md, section "
-                           f"{exercise.section}")
-                source = blank(source, name, message)
-            (out / file).write_text(source, encoding="utf-8")
+        for file, name in exercise.places():
+            message = (f"Exercise {number}: {exercise.title}, {name}; see TUTORIAL.md, section "
+                       f"{exercise.section}")
+            rewrite(out / file, blank, name, message)
     (out / "HANDOUT.md").write_text(handout(chosen), encoding="utf-8")
+
+
+def rewrite(path, change, *arguments):
+    path.write_text(change(path.read_text(encoding="utf-8"), *arguments), encoding="utf-8")
 
 
 def without_answers(text):
@@ -145,7 +141,7 @@ def handout(chosen):
         rows.append(f"| {n} | {e.title} | {where} | section {e.section} |")
     for n, (section, title, task, _) in SCORED.items():
         rows.append(f"| {n} | {title} (open) | {task} | section {section} |")
-    return HANDOUT.format(rows="\n".join(rows))
+    return HANDOUT.format(first=min(chosen), rows="\n".join(rows))
 
 
 def score(number):
@@ -154,8 +150,7 @@ def score(number):
     out = ROOT / f"runs/exercise-{number}"
     command = [sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite",
                "--out", str(out)]
-    run = subprocess.run(command, cwd=ROOT)
-    if run.returncode:
+    if subprocess.run(command, cwd=ROOT).returncode:
         sys.exit("error: that run failed, see above; the blanks of exercises 1 to 10 must be "
                  "filled before an open one is scored")
     figures = json.loads((out / "results.json").read_text())["results"]["erased"]
@@ -165,130 +160,80 @@ def score(number):
 
 # --- grading
 
-def module_name(file):
-    return file.removesuffix(".py").replace("/", ".")
+class Solved(SourceFileLoader):
+    """In a student's copy `import advunlearn` gives the solution, and so for all of FILES.
 
+    The student's own are loaded beside them, for one exercise at a time, by `standing_in`.
+    """
 
-class StandIn(SourceFileLoader):
-    """Imports a file as if another source stood in it."""
+    files = {file.removesuffix(".py").replace("/", "."): file for file in FILES}
 
-    def __init__(self, file, source):
-        super().__init__(module_name(file), str(ROOT / file))
-        self.source = source
-
-    def find_spec(self, name, path=None, target=None):
-        if name == self.name:
-            return importlib.util.spec_from_file_location(name, self.path, loader=self)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name in cls.files:
+            file = str(ROOT / cls.files[name])
+            return importlib.util.spec_from_file_location(name, file, loader=cls(name, file))
 
     def get_code(self, name):
-        return self.source_to_code(self.source, self.path)
+        with zipfile.ZipFile(SOLUTIONS) as solutions:
+            return self.source_to_code(solutions.read(self.files[name]), self.path)
 
 
-def stand_in():
-    """In a student's copy: what is no Python is imported with all its exercises blank.
-
-    Files import each other. So one that is broken would cost the points of all.
-    """
-    for file in FILES if REFERENCE.is_file() else ():
-        try:
-            ast.parse((ROOT / file).read_bytes(), file)
-        except SyntaxError as error:
-            with zipfile.ZipFile(REFERENCE) as solutions:
-                source = solutions.read(f"reference_{Path(file).name}").decode()
-            for exercise in EXERCISES.values():
-                for name in exercise.functions.get(file, ()):
-                    source = blank(source, name, f"this file is no Python: {error}")
-            sys.meta_path.insert(0, StandIn(file, source))
-
-
-def load_module(name, path):
-    """A file as a module of that name. A module of the file's own name is left as it is."""
-    spec = importlib.util.spec_from_file_location(name, path)
+def load(file, root):
+    """A student's file, as a module of another name than the solution's."""
+    name = f"student_{Path(file).stem}"
+    spec = importlib.util.spec_from_file_location(name, root / file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def students():
-    """{file: module} of this folder."""
-    return {file: importlib.import_module(module_name(file)) for file in FILES}
-
-
-def references():
-    """{file: module} with the solutions: this project's, or in a student's copy the zip's."""
-    if not REFERENCE.is_file():
-        return students()
-    if str(REFERENCE) not in sys.path:
-        sys.path.append(str(REFERENCE))
-    return {file: importlib.import_module("reference_" + Path(file).stem) for file in FILES}
-
-
-def lookup(module, name):
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
-
-
 class Solution:
-    """What a check sees: the student's modules, with the reference's functions for the others."""
+    """What a check sees: the names of all modules, the model, a schedule."""
 
     def __init__(self, modules, sd):
-        self.modules, self.sd, self.schedule = modules, sd, sd.schedule
+        self.modules, self.sd = list(modules.values()), sd
+        self.schedule = self.Schedule(sd.schedule.config)
 
     def __getattr__(self, name):
-        return next(getattr(module, name) for module in self.modules.values()
-                    if hasattr(module, name))
+        return next(getattr(module, name) for module in self.modules if hasattr(module, name))
 
     def small(self, **changes):
         """A config for the toy, with few and small steps."""
         from sd_mini.lab.settings import TOY
 
         return self.Config(**{**TOY, **self.TOY, "model": "toy", "device": "cpu", "attack_steps": 2,
-                              "trajectories": 4, "trajectory_steps": 4, "erase_batch": 4,
+                              "trajectories": 2, "trajectory_steps": 3, "erase_batch": 2,
                               "retain_batch": 2, **changes})
 
 
 @contextlib.contextmanager
-def standing_in(number, student, reference, sd):
-    """-> Solution, with the student's functions for exercise `number`, else the reference's.
+def standing_in(number, sd, root=ROOT):
+    """-> Solution, with the functions of exercise `number` in the folder root, a student's.
 
-    The student's modules are as before at the end.
+    All other functions are the solution's.
     """
+    solved = {file: importlib.import_module(name) for name, file in Solved.files.items()}
+    modules = {**solved, **{file: load(file, root) for file in EXERCISES[number].functions}}
     with pytest.MonkeyPatch.context() as patch:
         for n, exercise in EXERCISES.items():
-            source = student if n == number else reference
             for file, name in exercise.places():
-                owner = type(sd.schedule) if name.startswith("Schedule.") else student[file]
-                function = lookup(source[file], name)
-                patch.setattr(owner, name.split(".")[-1], function, raising=False)
-        yield Solution(student, sd)
+                owner, _, attribute = name.rpartition(".")
+                function = lookup((modules if n == number else solved)[file], name)
+                patch.setattr(lookup(modules[file], owner), attribute, function, raising=False)
+        yield Solution(modules, sd)
 
 
-def grade(number, student, reference, sd, seeds=(0, 1), whole=True):
-    """-> {check: None where it passes on all seeds, else what was expected}.
-
-    Without `whole`, grading ends at the first lost point.
-    """
-    points = {}
-    with standing_in(number, student, reference, sd) as solution:
-        for check in CHECKS[number]:
-            points[check.__name__] = None
-            for seed in seeds:
-                try:
-                    check(solution, seed)
-                except Exception as error:  # a student's code may do anything
-                    expected = isinstance(error, AssertionError)
-                    message = f"{error}" if expected else f"{type(error).__name__}: {error}"
-                    points[check.__name__] = message
-                    break
-            if points[check.__name__] and not whole:
-                break
-    return points
+def lookup(module, name):
+    for part in filter(None, name.split(".")):
+        module = getattr(module, part)
+    return module
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    from sd_mini.lab.settings import Parser
+
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=os.path.expanduser, help="folder for the student's copy")
     parser.add_argument("--only", default="", help="exercises, with commas")
     parser.add_argument("--score", type=int, choices=list(SCORED), help="run an open exercise")
@@ -297,9 +242,13 @@ def main():
         return score(args.score)
     if not args.out:
         parser.error("give --out or --score")
-    only = [int(number) for number in args.only.split(",") if number]
-    if unknown := set(only) - set(EXERCISES):
-        parser.error(f"--only: there is no exercise {min(unknown)}")
-    make(Path(args.out), only)
+    out, only = Path(args.out), [number for number in args.only.split(",") if number]
+    if unknown := set(only) - set(map(str, EXERCISES)):
+        parser.error(f"--only: there is no exercise {min(unknown)} to be blanked")
+    if out.exists():
+        parser.error(f"--out {out}: is there already")
+    if ROOT in out.resolve().parents:  # pytest would find two of each test
+        parser.error(f"--out {out}: is inside the project; choose a folder beside it")
+    make(out, [int(number) for number in only])
     sys.stdout.reconfigure(errors="backslashreplace")
-    print(f"{args.out}: HANDOUT.md says the rest")
+    print(f"{out}: HANDOUT.md says the rest")

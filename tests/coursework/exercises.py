@@ -1,14 +1,14 @@
 """The exercises: what is blanked, and the checks that grade it.
 
 Each check takes `s` and a seed. In the namespace `s` the exercise's functions are the student's,
-and all others are the reference's. A check asserts, and says in the words of the field what was
+and all others are the solution's. A check asserts, and says in the words of the field what was
 expected. A copied constant does not pass a second seed.
 """
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
@@ -23,7 +23,8 @@ class Exercise(NamedTuple):
         return [(file, name) for file, names in self.functions.items() for name in names]
 
 
-PAPER, SCHEDULE = "advunlearn.py", "sd_mini/schedule.py"
+PAPER, SCHEDULE, PROMPTS = "advunlearn.py", "sd_mini/schedule.py", "sd_mini/lab/prompts.py"
+FILES = (PAPER, SCHEDULE, PROMPTS)
 EXERCISES = {
     1: Exercise("adding noise", {SCHEDULE: ("Schedule.add_noise",)}, 4),
     2: Exercise("noise-prediction loss", {PAPER: ("ddpm_loss",)}, 4),
@@ -35,11 +36,9 @@ EXERCISES = {
     7: Exercise("projection onto the simplex", {PAPER: ("project_simplex",)}, 6),
     8: Exercise("token attack", {PAPER: ("token_attack",)}, 6),
     9: Exercise("retain loss and set",
-                {PAPER: ("retain_loss",), "sd_mini/lab/prompts.py": ("one_of", "without_concept")},
-                7),
+                {PAPER: ("retain_loss",), PROMPTS: ("one_of", "without_concept")}, 7),
     10: Exercise("outer loop", {PAPER: ("advunlearn",)}, 8),
 }
-FILES = sorted({file for exercise in EXERCISES.values() for file in exercise.functions})
 CHECKS = {number: [] for number in EXERCISES}
 
 
@@ -69,53 +68,41 @@ def random(seed, *shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+def two(seed, *shape):
+    """Two independent tensors of that shape."""
+    return random(seed, 2, *shape)
+
+
 # --- 1, 3: the schedule
 
 @check(1)
 def is_the_closed_form(s, seed):
-    x_0, eps = random(seed, 3, 4, 2, 2), random(seed + 1, 3, 4, 2, 2)
-    t = torch.tensor([1, 400, 980])
+    (x_0, eps), t = two(seed, 3, 4, 2, 2), torch.tensor([1, 400, 980])
     a = s.schedule.alpha_bar[t].view(3, 1, 1, 1)
     close(s.schedule.add_noise(x_0, eps, t), a.sqrt() * x_0 + (1 - a).sqrt() * eps,
           "x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps")
 
 
 @check(1)
-def keeps_variance_one(s, seed):
-    x_0, eps = random(seed, 1, 200_000), random(seed + 1, 1, 200_000)
-    x_t = s.schedule.add_noise(x_0, eps, 500)
-    close(x_t.var(), torch.tensor(1.0), "the variance of x_t, for x_0 and eps of variance 1", 0.02)
-
-
-@check(1)
 def takes_one_t_for_all(s, seed):
-    x_0, eps = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
+    x_0, eps = two(seed, 2, 4, 2, 2)
     close(s.schedule.add_noise(x_0, eps, 300),
           s.schedule.add_noise(x_0, eps, torch.tensor([300, 300])),
           "a scalar t, for all pictures")
 
 
 @check(3)
-def finds_the_picture_in_one_step(s, seed):
-    x_0, eps = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
-    clean = s.schedule.alpha_bar_at(-1, x_0)
-    x_t = s.schedule.add_noise(x_0, eps, 600)
-    close(s.schedule.ddim_step(x_t, eps, 600, -1),
-          clean.sqrt() * x_0 + (1 - clean).sqrt() * eps,
-          "a step to the end, with the true noise")
-
-
-@check(3)
 def goes_to_the_same_noise_at_t_prev(s, seed):
-    x_0, eps = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
+    x_0, eps = two(seed, 2, 4, 2, 2)
     x_t = s.schedule.add_noise(x_0, eps, 700)
-    close(s.schedule.ddim_step(x_t, eps, 700, 300), s.schedule.add_noise(x_0, eps, 300),
-          "with the true noise, x_prev is x_0 noised to t_prev")
+    for t_prev, what in [(300, "x_0 noised to t_prev"), (-1, "x_0, at the last step")]:
+        close(s.schedule.ddim_step(x_t, eps, 700, t_prev), s.schedule.add_noise(x_0, eps, t_prev),
+              f"with the true noise, x_prev is {what}")
 
 
 @check(3)
 def guidance_is_a_line_through_both_predictions(s, seed):
-    c, empty = random(seed, 2, 4, 2, 2), random(seed + 1, 2, 4, 2, 2)
+    c, empty = two(seed, 2, 4, 2, 2)
     close(s.schedule.guide(c, empty, 0.0), empty, "guidance 0: the empty prompt's prediction")
     close(s.schedule.guide(c, empty, 1.0), c, "guidance 1: the prompt's prediction")
     close(s.schedule.guide(c, empty, 7.5), empty + 7.5 * (c - empty),
@@ -127,95 +114,65 @@ def guidance_is_a_line_through_both_predictions(s, seed):
 class Toy:
     """eps(x_t, t, c) = theta x_t + mean of c + t / 1000."""
 
-    def __init__(self, s, theta=0.6):
-        self.schedule, self.theta = s.schedule, torch.tensor(theta, requires_grad=True)
+    def __init__(self, s):
+        self.schedule, self.theta = s.schedule, torch.tensor(0.6, requires_grad=True)
 
     def predict_noise(self, x_t, t, context):
         of_context = context.mean((1, 2)).view(-1, 1, 1, 1)
         return self.theta * x_t + of_context + torch.as_tensor(t).view(-1, 1, 1, 1) / 1000
 
 
-def loss_inputs(seed):
-    """-> (x (3, 4, 2, 2), t (3,), another like x, context (3, 5, 6))."""
-    x, other = random(seed, 3, 4, 2, 2), random(seed + 1, 3, 4, 2, 2)
-    return x, torch.tensor([10, 500, 900]), other, random(seed + 2, 3, 5, 6)
+def loss_inputs(s, seed):
+    """-> model, x (3, 4, 2, 2), t (3,), context (3, 5, 6), another like x."""
+    x, other = two(seed, 3, 4, 2, 2)
+    return Toy(s), x, torch.tensor([10, 500, 900]), random(seed + 2, 3, 5, 6), other
+
+
+def close_loss(found, model, predicted, target, what):
+    """The loss of each picture is || predicted - target ||^2, and theta learns from it."""
+    expected = ((predicted - target) ** 2).mean((1, 2, 3))
+    close(found, expected, f"{what}, a mean over each picture's coordinates")
+    assert found.requires_grad, f"{what}: no gradient reaches theta"
+    close(*(torch.autograd.grad(loss.sum(), model.theta)[0] for loss in (found, expected)),
+          f"the gradient of {what}", 1e-3)
 
 
 @check(2)
 def noise_loss_is_the_closed_form(s, seed):
-    x_0, t, eps, c = loss_inputs(seed)
-    model = Toy(s)
-    a = s.schedule.alpha_bar[t].view(3, 1, 1, 1)
-    x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
-    expected = ((model.predict_noise(x_t, t, c) - eps) ** 2).mean((1, 2, 3))
-    close(s.ddpm_loss(model, x_0, t, eps, c), expected,
-          "|| eps - eps_theta(x_t | c) ||^2, a mean over each picture's coordinates")
+    model, x_0, t, c, eps = loss_inputs(s, seed)
+    x_t = s.schedule.add_noise(x_0, eps, t)
+    close_loss(s.ddpm_loss(model, x_0, t, eps, c), model, model.predict_noise(x_t, t, c), eps,
+               "|| eps - eps_theta(x_t | c) ||^2")
 
 
 @check(2)
 def noise_loss_is_zero_for_a_perfect_model(s, seed):
-    x_0, t, eps, c = loss_inputs(seed)
-
-    def true_noise(x_t, t, context):
-        return eps
-
-    perfect = Toy(s)
-    perfect.predict_noise = true_noise
-    close(s.ddpm_loss(perfect, x_0, t, eps, c), torch.zeros(3),
+    model, x_0, t, c, eps = loss_inputs(s, seed)
+    model.predict_noise = lambda x_t, t, context: eps
+    close(s.ddpm_loss(model, x_0, t, eps, c), torch.zeros(3),
           "the loss of a model that predicts the noise")
-
-
-@check(2)
-def noise_loss_has_gradients(s, seed):
-    x_0, t, eps, c = loss_inputs(seed)
-    model = Toy(s)
-    s.ddpm_loss(model, x_0, t, eps, c).sum().backward()
-    assert model.theta.grad is not None and model.theta.grad.abs() > 0, "no gradient reaches theta"
 
 
 @check(4)
 def target_turns_the_guidance_round(s, seed):
-    c, empty = random(seed, 2, 3), random(seed + 1, 2, 3)
+    c, empty = two(seed, 2, 3)
     close(s.esd_target(c, empty, 1.5), empty - 1.5 * (c - empty),
           "eps_empty - eta (eps_c - eps_empty)")
     close(s.esd_target(c, empty, 0.0), empty, "eta 0: the empty prompt's prediction")
-    close(s.esd_target(empty, empty, 2.0), empty,
-          "where concept and empty prompt agree, nothing is to change")
 
 
 @check(4)
-def erase_loss_is_per_picture(s, seed):
-    x_t, t, target, c = loss_inputs(seed)
-    model = Toy(s)
-    expected = ((model.predict_noise(x_t, t, c) - target) ** 2).mean((1, 2, 3))
-    close(s.erase_loss(model, x_t, t, c, target), expected,
-          "|| eps_theta(x_t | c) - target ||^2 for each picture")
-
-
-@check(4)
-def erase_loss_trains_theta(s, seed):
-    x_t, t, target, c = loss_inputs(seed)
-    model = Toy(s)
-    s.erase_loss(model, x_t, t, c, target).sum().backward()
-    assert model.theta.grad is not None and model.theta.grad.abs() > 0, "no gradient reaches theta"
+def erase_loss_is_the_distance_to_the_target(s, seed):
+    model, x_t, t, c, target = loss_inputs(s, seed)
+    close_loss(s.erase_loss(model, x_t, t, c, target), model, model.predict_noise(x_t, t, c),
+               target, "|| eps_theta(x_t | c) - target ||^2")
 
 
 @check(9)
 def retain_loss_is_the_distance_to_the_original(s, seed):
-    x_t, t, eps_r, c = loss_inputs(seed)
-    model = Toy(s)
-    expected = ((model.predict_noise(x_t, t, c) - eps_r) ** 2).mean((1, 2, 3))
-    close(s.retain_loss(model, x_t, t, c, eps_r), expected,
-          "|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2 for each picture")
-
-
-@check(9)
-def retain_loss_is_zero_at_the_original(s, seed):
-    x_t, t, _, c = loss_inputs(seed)
-    model = Toy(s)
-    loss = s.retain_loss(model, x_t, t, c, model.predict_noise(x_t, t, c).detach())
-    close(loss, torch.zeros(3), "the retain loss at theta = theta_o")
-    assert loss.requires_grad, "no gradient reaches theta"
+    model, x_t, t, c, eps_r = loss_inputs(s, seed)
+    close_loss(s.retain_loss(model, x_t, t, c, eps_r), model, model.predict_noise(x_t, t, c),
+               eps_r, "|| eps_theta(x_t | r) - eps_o(x_t | r) ||^2")
 
 
 @check(9)
@@ -239,21 +196,17 @@ def prefix_stands_behind_the_start(s, seed):
     k = 1 + seed % 3
     out = s.insert_prefix(ids, torch.full((2, k), 7))
     assert out.shape == ids.shape, f"shape {tuple(out.shape)}: the length must stay {ids.shape[1]}"
-    assert out[:, 0].tolist() == [100, 100], "the start token must stay first"
-    assert out[:, 1 : 1 + k].unique().tolist() == [7], (
-        "the prefix comes right behind the start token")
-    assert out[0, 1 + k : 5 + k].tolist() == [1, 2, 3, 101][: 7 - k], "then the prompt and its end"
+    assert out[0].tolist() == [100] + [7] * k + [1, 2, 3] + [101] * (4 - k), (
+        f"{out[0].tolist()}: expected the start token, the prefix, the prompt, its end")
 
 
 @check(5)
 def prefix_may_be_embeddings(s, seed):
-    tokens, prefix = random(seed, 2, 8, 5), random(seed + 1, 2, 3, 5)
-    prefix.requires_grad_(True)
+    tokens, prefix = random(seed, 2, 8, 5), random(seed + 1, 2, 3, 5).requires_grad_(True)
     out = s.insert_prefix(tokens, prefix)
-    expected = torch.cat([tokens[:, :1], prefix.detach(), tokens[:, 1:5]], 1)
-    close(out.detach(), expected, "start, prefix, the rest, L long")
-    out.sum().backward()
-    close(prefix.grad, torch.ones_like(prefix), "the gradient to the prefix")
+    close(out, torch.cat([tokens[:, :1], prefix, tokens[:, 1:5]], 1),
+          "start, prefix, the rest, L long")
+    assert out.requires_grad, "no gradient reaches the prefix"
 
 
 @check(5)
@@ -262,19 +215,13 @@ def what_does_not_fit_is_refused(s, seed):
     room = s.sd.context_length - len(s.sd.tokenizer(fits).input_ids)
     close(s.tokenize_with_room(s.sd, [fits], room), s.sd.tokenize([fits]),
           "the ids of a prompt that just fits")
-    with raises("a prompt that is one token too long with its prefix"):
-        s.tokenize_with_room(s.sd, [fits], room + 1)
-    with raises("the second of two prompts, which is too long"):
-        s.tokenize_with_room(s.sd, [fits, "church " * 30], 1)
-
-
-@contextlib.contextmanager
-def raises(what):
-    try:
-        yield
-    except ValueError:
-        return
-    raise AssertionError(f"{what}: ValueError expected, none raised")
+    for prompts, k, what in [([fits], room + 1, "one token too long with its prefix"),
+                             ([fits, "church " * 30], 1, "too long, the second of two")]:
+        try:
+            s.tokenize_with_room(s.sd, prompts, k)
+        except ValueError:
+            continue
+        raise AssertionError(f"a prompt {what}: ValueError expected, none raised")
 
 
 @check(7)
@@ -285,17 +232,10 @@ def projection_is_on_the_simplex(s, seed):
 
 
 @check(7)
-def projection_leaves_the_simplex_alone(s, seed):
-    p = random(seed, 5, 6).softmax(-1)
-    close(s.project_simplex(p), p, "a point that is on the simplex already")
-
-
-@check(7)
 def projection_is_the_nearest_point(s, seed):
     """The conditions for it: v - p is the same tau wherever p > 0, and at most tau elsewhere."""
     v = 2 * random(seed, 6, 7)
-    p = s.project_simplex(v)
-    for row, point in zip(v, p):
+    for row, point in zip(v, s.project_simplex(v)):
         taus = (row - point)[point > 1e-6]
         assert len(taus) and taus.max() - taus.min() < 1e-4, (
             "not the nearest point: what was taken off differs among the positive coordinates")
@@ -310,109 +250,89 @@ def quadratic(goal):
     return lambda delta, step: (delta - goal).square().flatten(1).sum(1)
 
 
-@check(6)
-def attack_starts_at_the_tokens_and_descends(s, seed):
+def run_embedding_attack(s, seed, loss_of, *attack):
+    """The embedding attack at two rows of two tokens -> (its steps, where it started)."""
     table, start = random(seed, 11, 4), torch.tensor([[1, 2], [3, 4]])
-    loss_of = quadratic(torch.zeros(2, 2, 4))
-    before = loss_of(table[start], 0)
-    steps = list(s.embedding_attack(table, start, loss_of, s.Attack("embedding", 40, 0.05, 2)))
-    assert len(steps) == 40, f"{len(steps)} steps, expected 40"
-    close(steps[0][1], before,
-          "the losses before the first step: those of the start tokens' embeddings")
-    assert (steps[-1][1] < 0.5 * before).all(), "the loss does not fall"
+    steps = list(s.embedding_attack(table, start, loss_of, s.Attack(*attack)))
+    close(table, random(seed, 11, 4), "the table of embeddings, which no attack changes")
+    return steps, table[start]
 
 
 @check(6)
-def attack_takes_adams_steps_with_fresh_gradients(s, seed):
-    table, start = random(seed, 11, 4), torch.tensor([[5, 6]])
-    loss_of = quadratic(random(seed + 1, 1, 2, 4))
-    delta = table[start].clone().requires_grad_(True)
+def attack_takes_adams_steps_from_the_start_tokens(s, seed):
+    loss_of = quadratic(random(seed + 1, 2, 2, 4))
+    steps, start = run_embedding_attack(s, seed, loss_of, "embedding", 7, 0.03, 2)
+    assert len(steps) == 7, f"{len(steps)} steps, expected 7"
+    close(steps[0][1], loss_of(start, 0),
+          "the losses before the first step: those of the start tokens' embeddings")
+    delta = start.requires_grad_(True)
     adam = torch.optim.Adam([delta], lr=0.03)
-    for _ in range(7):
+    for found, _ in steps:
         adam.zero_grad()
         loss_of(delta, 0).sum().backward()
         adam.step()
-    attack = s.Attack("embedding", 7, 0.03, 2)
-    *_, (found, _) = s.embedding_attack(table, start, loss_of, attack)
-    close(found, delta.detach(),
-          "delta after 7 steps of Adam (do gradients pile up? is the loss a sum over rows?)")
+        close(found, delta,
+              "delta after a step of Adam (do gradients pile up? is the loss a sum over rows?)")
 
 
 @check(6)
 def attack_asks_for_the_loss_of_each_step(s, seed):
-    table, start, asked = random(seed, 11, 4), torch.tensor([[1]]), []
+    asked = []
 
     def loss_of(delta, step):
         asked.append(step)
         return delta.sum((1, 2))
 
-    list(s.embedding_attack(table, start, loss_of, s.Attack("embedding", 3, 0.1, 1)))
+    run_embedding_attack(s, seed, loss_of, "embedding", 3, 0.1, 2)
     assert asked == [0, 1, 2], f"steps {asked}: the loss is asked for each, from 0 on"
 
 
 @check(6)
 def attack_stays_within_the_radius(s, seed):
-    table, start = random(seed, 11, 4), torch.tensor([[1], [2], [3]])
-    loss_of, attack = quadratic(100 + torch.zeros(3, 1, 4)), s.Attack("embedding", 20, 0.1, 1, 0.25)
-    for delta, _ in s.embedding_attack(table, start, loss_of, attack):
-        assert (delta - table[start]).abs().max() <= 0.25 + 1e-5, (
-            "a coordinate is further than the radius from its start")
-    close(delta, table[start] + 0.25, "the corner of the ball towards a far minimum")
+    far = quadratic(100 + torch.zeros(2, 2, 4))
+    steps, start = run_embedding_attack(s, seed, far, "embedding", 20, 0.1, 2, 0.25)
+    assert all((delta - start).abs().max() <= 0.25 + 1e-5 for delta, _ in steps), (
+        "a coordinate is further than the radius from its start")
+    close(steps[-1][0], start + 0.25, "the corner of the ball towards a far minimum")
 
 
 @check(6)
 def fast_attack_is_one_sign_step(s, seed):
-    table, start, goal = random(seed, 11, 4), torch.tensor([[7, 8]]), random(seed + 1, 1, 2, 4)
-    attack = s.Attack("fast", 1, 0.2, 2)
-    [(delta, _)] = s.embedding_attack(table, start, quadratic(goal), attack)
-    close(delta, table[start] - 0.2 * (table[start] - goal).sign(), "start - lr * sign(gradient)")
-
-
-@check(6)
-def attack_leaves_the_table_alone(s, seed):
-    table, start = random(seed, 11, 4), torch.tensor([[1]])
-    before = table.clone()
-    loss_of, attack = quadratic(torch.zeros(1, 1, 4)), s.Attack("embedding", 3, 0.1, 1)
-    list(s.embedding_attack(table, start, loss_of, attack))
-    close(table, before, "the table of token embeddings, which is not the attack's to change")
+    goal = random(seed + 1, 2, 2, 4)
+    [(delta, _)], start = run_embedding_attack(s, seed, quadratic(goal), "fast", 1, 0.2, 2)
+    close(delta, start - 0.2 * (start - goal).sign(), "start - lr * sign(gradient)")
 
 
 LEGAL = torch.tensor([1, 3, 4, 6, 9, 10])
 
 
-def run_token_attack(s, seed, loss_of, steps=60, n=2, k=2):
-    """The token attack on a random table, with loss_of(table) as its loss -> its steps."""
-    table, attack = random(seed, 12, 5), s.Attack("token", steps, 0.1, k)
-    generator = torch.Generator().manual_seed(seed)
-    return list(s.token_attack(table, LEGAL.clone(), n, loss_of(table), attack, generator))
+def run_token_attack(s, seed, table, loss_of, steps):
+    """The token attack on two rows of two tokens -> [(ids, losses)] of its steps."""
+    attack, generator = s.Attack("token", steps, 0.1, 2), torch.Generator().manual_seed(seed)
+    return list(s.token_attack(table, LEGAL.clone(), 2, loss_of, attack, generator))
 
 
 @check(8)
 def tokens_are_legal(s, seed):
-    steps = run_token_attack(s, seed, lambda table: quadratic(torch.zeros(2, 2, 5)), 5)
+    steps = run_token_attack(s, seed, random(seed, 12, 5), quadratic(torch.zeros(2, 2, 5)), 5)
     assert len(steps) == 5 and steps[0][0].shape == (2, 2), "each step yields ids (N, k)"
-    legal = set(LEGAL.tolist())
-    assert all(set(ids.flatten().tolist()) <= legal for ids, _ in steps), "an id that is not legal"
+    assert all(torch.isin(ids, LEGAL).all() for ids, _ in steps), "an id that is not legal"
 
 
 @check(8)
 def the_model_sees_real_tokens(s, seed):
-    seen, numbers = [], []
+    table, off, asked = random(seed, 12, 5), [], []
 
-    def spy(table):
-        def loss_of(delta, step):
-            numbers.append(step)
-            distances = (delta.detach()[:, :, None] - table[LEGAL]).abs().amax(-1)
-            to_nearest = distances.min(-1).values
-            seen.append(to_nearest.max().item())
-            return delta.square().flatten(1).sum(1)
-        return loss_of
+    def loss_of(delta, step):
+        asked.append(step)
+        distances = (delta.detach()[:, :, None] - table[LEGAL]).abs().amax(-1)
+        off.append(distances.amin(-1).max())  # from the nearest
+        return delta.square().flatten(1).sum(1)
 
-    run_token_attack(s, seed, spy, 6)
-    assert max(seen) < 1e-5, (
-        "the loss must be taken at embeddings of real, legal tokens (straight-through), not at "
-        "mixtures")
-    assert numbers == [0, 1, 2, 3, 4, 5], f"steps {numbers}: the loss is asked for each, from 0 on"
+    run_token_attack(s, seed, table, loss_of, 6)
+    assert max(off) < 1e-5, ("the loss must be taken at embeddings of real, legal tokens "
+                             "(straight-through), not at mixtures")
+    assert asked == [0, 1, 2, 3, 4, 5], f"steps {asked}: the loss is asked for each, from 0 on"
 
 
 @check(8)
@@ -421,37 +341,32 @@ def the_gradient_is_straight_through(s, seed):
 
     For that p's gradient has to be E times the embedding's.
     """
-    table, legal = random(seed, 12, 5).abs(), LEGAL.clone()
-    best = legal[seed % 6].item()
+    table, best = random(seed, 12, 5).abs(), LEGAL[seed % 6].item()
     table[best] *= -1
-
-    def loss_of(delta, step):
-        return delta.sum((1, 2))
-
-    attack, generator = s.Attack("token", 40, 0.1, 2), torch.Generator().manual_seed(seed)
-    *_, (ids, _) = s.token_attack(table, legal, 2, loss_of, attack, generator)
-    assert ids.unique().tolist() == [best], (
-        f"tokens {ids.tolist()}, expected {best}, the only one that lowers the loss, everywhere")
+    steps = run_token_attack(s, seed, table, lambda delta, step: delta.sum((1, 2)), 40)
+    found = steps[-1][0].tolist()
+    assert found == [[best] * 2] * 2, (
+        f"tokens {found}, expected {best}, the only one that lowers the loss, everywhere")
 
 
 @check(8)
 def rows_are_attacked_each_for_itself(s, seed):
-    goals = random(seed, 12, 5)[torch.tensor([3, 9])][:, None].expand(2, 2, 5)
-    steps = run_token_attack(s, seed, lambda table: quadratic(goals))
-    found = steps[-1][0].tolist()
+    table = random(seed, 12, 5)
+    goals = table[torch.tensor([3, 9])][:, None].expand(2, 2, 5)
+    found = run_token_attack(s, seed, table, quadratic(goals), 60)[-1][0].tolist()
     assert found == [[3, 3], [9, 9]], (
         f"tokens {found}: each row should find its own goal, 3 and 9")
 
 
 # --- 10: the outer loop, with the real functions around it
 
-PROMPTS = ["church", "a photo of a church"], ["a photo of a house", "a boat"]
+TO_ERASE, TO_RETAIN = ["church", "a photo of a church"], ["a photo of a house", "a boat"]
 
 
-def outer(s, seed, **changes):
+def outer(s, seed, erase=TO_ERASE, **changes):
     """Run the outer loop -> (erased model, losses of each iteration, config)."""
     config = s.small(seed=seed, **changes)
-    model, history = s.advunlearn(s.sd, *PROMPTS, config)
+    model, history = s.advunlearn(s.sd, erase, TO_RETAIN, config)
     return model, history, config
 
 
@@ -462,7 +377,7 @@ def loop_starts_at_the_closed_form(s, seed):
     That is so at theta = theta_o, without attack.
     """
     _, history, config = outer(s, seed, steps=1, warmup=0, attack="none", eta=2.0)
-    draw = s.trajectory_bank(s.sd, PROMPTS[0], config)
+    draw = s.trajectory_bank(s.sd, TO_ERASE, config)
     [z] = draw(config.erase_batch, torch.Generator().manual_seed(seed))
     expected, found = 9 * (z.eps_c - z.eps_empty).square().mean().item(), history[0]["erase"]
     assert math.isclose(found, expected, rel_tol=1e-3), (
@@ -471,12 +386,38 @@ def loop_starts_at_the_closed_form(s, seed):
         f"the first retain loss is {history[0]['retain']:.3g}, expected 0")
 
 
+ONE_LATENT = dict(warmup=0, attack="none", retain_weight=0.0, trajectories=1, trajectory_steps=1,
+                  erase_batch=1)
+
+
+@check(10)
+def loop_lowers_the_erase_loss(s, seed):
+    _, history, _ = outer(s, seed, ["church"], steps=4, lr=2e-4, **ONE_LATENT)
+    assert history[-1]["erase"] < history[0]["erase"], "the erase loss does not fall"
+
+
+@check(10)
+def loop_takes_fresh_gradients(s, seed):
+    """Every step must see the same gradient: there is one latent to draw, and theta stays."""
+    seen = []
+
+    def stay(adam, *arguments):
+        gradients = [p.grad for group in adam.param_groups for p in group["params"]]
+        seen.append(sum(g.abs().sum().item() for g in gradients if g is not None))
+
+    with mock.patch.object(torch.optim.Adam, "step", stay):
+        outer(s, seed, ["church"], steps=3, **ONE_LATENT)
+    assert len(seen) == 3 and seen[2] < 1.5 * seen[0], (
+        "gradients pile up from one iteration to the next")
+
+
 @check(10)
 def loop_warms_up_then_attacks(s, seed):
-    _, history, _ = outer(s, seed, steps=4, warmup=2)
-    attacked = [losses["attack"] is not None for losses in history]
-    assert attacked == [False, False, True, True], (
+    histories = [outer(s, seed, steps=3, warmup=1)[1] for _ in range(2)]
+    attacked = [losses["attack"] is not None for losses in histories[0]]
+    assert attacked == [False, True, True], (
         f"attacked: {attacked}; expected none in warm-up, then always")
+    assert histories[0] == histories[1], "the same seed gives other losses"
 
 
 @check(10)
@@ -495,45 +436,6 @@ def loop_trains_theta_alone_and_moves_it(s, seed):
 
 @check(10)
 def loop_weighs_the_retain_loss_by_gamma(s, seed):
-    free, held = (outer(s, seed, steps=8, warmup=7, lr=2e-3, attack="none", retain_weight=gamma)[1]
+    free, held = (outer(s, seed, steps=6, warmup=5, lr=2e-3, attack="none", retain_weight=gamma)[1]
                   for gamma in (0.0, 50.0))
-    assert sum(losses["retain"] for losses in held[-3:]) < sum(
-        losses["retain"] for losses in free[-3:]), "gamma 50 keeps no more than gamma 0"
-
-
-@check(10)
-def loop_takes_fresh_gradients(s, seed):
-    """Every step must see the same gradient.
-
-    There is one latent to draw, and theta hardly moves.
-    """
-    config = s.small(seed=seed, steps=3, warmup=2, lr=1e-10, attack="none", trajectories=1,
-                     trajectory_steps=1, erase_batch=1, retain_batch=1)
-    seen, step = [], torch.optim.Adam.step
-
-    def spy(adam, *arguments):
-        gradients = [p.grad for group in adam.param_groups for p in group["params"]]
-        seen.append(sum(g.abs().sum().item() for g in gradients if g is not None))
-        return step(adam, *arguments)
-
-    torch.optim.Adam.step = spy
-    try:
-        s.advunlearn(s.sd, ["church"], ["a boat"], config)
-    finally:
-        torch.optim.Adam.step = step
-    assert len(seen) == 3 and seen[2] < 1.5 * seen[0], (
-        "gradients pile up from one iteration to the next")
-
-
-@check(10)
-def loop_is_seeded(s, seed):
-    a, b = (outer(s, seed, steps=3, warmup=1)[1] for _ in range(2))
-    assert a == b, "the same seed gives other losses"
-
-
-@check(10)
-def loop_lowers_the_erase_loss(s, seed):
-    _, history, _ = outer(s, seed, steps=24, warmup=23, lr=1e-3, attack="none")
-    assert len(history) == 24, f"{len(history)} iterations recorded, expected 24"
-    first, last = (sum(losses["erase"] for losses in part) for part in (history[:6], history[-6:]))
-    assert last < first, "the erase loss does not fall"
+    assert held[-1]["retain"] < free[-1]["retain"], "gamma 50 keeps no more than gamma 0"
