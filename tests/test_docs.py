@@ -145,7 +145,7 @@ LITERAL = {"details", "results", "erased", "prompt", "evaluation_seed", "evaluat
            "sd_seed", "sd_guidance_scale", "diffusers", "huggingface_hub", "HF_HOME",
            "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at",
            "attack_init", "hardtanh", "imagenet", "coco", "photos", "ID", "samples.png",
-           "losses.png", "results.json", "table.md", "compare.png", "tradeoff.png", "grade.json",
+           "losses.png", "results.json", "table.csv", "compare.png", "grade.json",
            "forget.py", "HANDOUT.md", "kind", "synonyms", "not_retained"}
 
 
