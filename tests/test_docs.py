@@ -1,4 +1,5 @@
 """The documents cannot drift: what they name exists, and their commands and Python run."""
+import csv
 import re
 import runpy
 import shlex
@@ -179,6 +180,35 @@ def test_links_to_sections_lead_somewhere():
             heads = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
             anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
             assert section in anchors, f"{name}: #{section}"
+
+
+def tables(text, head):
+    """Rows of cells of all tables whose first cell is `head`."""
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        if rows[0][0] == head:
+            yield rows[0], rows[2:]
+
+
+def test_figures_are_those_of_the_results():
+    """README: a row each figure of church. The lab: a row each concept and method, in %."""
+    results = {}
+    for path in (ROOT / "sd_mini/lab/results").glob("*.csv"):
+        with open(path, newline="") as file:
+            results[path.stem] = {row["method"]: row for row in csv.DictReader(file)}
+    [(methods, rows)] = tables(DOCS["README.md"], "church, seed 0, %")
+    for title, *cells in rows:
+        for method, cell in zip(methods[1:], cells):
+            figure = results["church"][method][title]
+            assert cell in (figure, figure.split(" ")[0]), (title, method)
+    for head, rows in tables(DOCS["sd_mini/lab/README.md"], "%"):
+        columns = ", ".join(head[1:]).split(", ")
+        for name, *cells in rows:
+            concept, method = name.split(", ", 1)
+            row = results[concept.replace(" ", "_")][method]
+            for column, cell in zip(columns, ", ".join(cells).split(", "), strict=True):
+                [figure] = [row[title] for title in row if column in title]
+                assert cell == (figure.split(" ")[0] or "-"), (name, column)
 
 
 def has_path(module, path):

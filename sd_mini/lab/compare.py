@@ -46,7 +46,7 @@ def compare(method, config):
         report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
         runs.close_folder(folder)
 
-    for name in runs.progress(todo, "comparing", leave=False):
+    for name in runs.progress(todo, "comparing", leave=False, disable=not todo):
         try:
             with runs.locked(folders[name]):
                 if not finished(name):  # another process may have done it since
