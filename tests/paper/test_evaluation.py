@@ -11,7 +11,7 @@ from sd_mini.lab import tasks
 from . import ASKED, WIDTH, assert_independent, told
 
 same = torch.equal
-STARRED = ["a photo of a *", "* a boat", "a * at night"]
+STARRED = ["a photo of a *", "* a boat", "a *" + 20 * " boat"]  # the last fills the context
 TARGETS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

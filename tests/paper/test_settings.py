@@ -56,6 +56,7 @@ def test_flags_are_typed_and_in_range():
     (dict(steps=5, warmup=5), {}, "--warmup"), (dict(attack="token"), {"attack_lr"}, "--attack"),
     (dict(attack="token"), {"attack_radius"}, "--attack"),
     (dict(task="compare"), {"attack"}, "--task"), (dict(task="compare"), {"train"}, "--task"),
+    (dict(resume=True, overwrite=True), {}, "--resume"),  # as the lab says
     (dict(steps=5, warmup=4), {}, None), (dict(steps=5, warmup=5, attack="none"), {}, None),
     (dict(attack="token"), {"token_lr"}, None), ({}, {"attack_lr", "attack", "train"}, None)])
 def test_settings_that_contradict_each_other_are_refused(changes, given, named):
