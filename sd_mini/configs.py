@@ -106,8 +106,7 @@ def complete(part, config):
 
 
 def refuse(key, value, why):
-    shown = json.dumps(value)
-    raise ValueError(f"{key} {shown if len(shown) <= 60 else shown[:57] + '...'}: {why}")
+    raise ValueError(f"{key} {json.dumps(value)[:60]}: {why}")
 
 
 def is_like(value, default):

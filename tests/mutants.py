@@ -6,8 +6,8 @@
 
 Each is made in a copy of the project, and the tests of its room are run. One that is drawn changes
 one node of the syntax tree: a sign, a comparison, a constant, swapped arguments, a dropped
-statement, a result cut off from its gradient. What passes either computes the same, or is what no
-test is about. Minutes to hours; exit status 1 if any passed.
+statement, a result cut off from its gradient. What passes computes the same, or no test is about
+it. Minutes to hours; exit status 1 if any passed.
 """
 import argparse
 import ast
@@ -28,33 +28,15 @@ OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.
             ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot}
 
 MUTANTS = [  # what is wrong, in which file, what stands there once, the wrong text
-    ("ddpm loss: squares the sum instead of the difference", A,
-     "(a.float() - b.float()).square()",
-     "(a.float() + b.float()).square()"),
     ("ddpm loss: without noise in the picture", A,
      "    x_t = sd.schedule.add_noise(x_0, noise, t)\n",
      "    x_t = x_0\n"),
-    ("erase loss: pulls towards the concept", A,
-     "return eps_empty - eta * (eps_c - eps_empty)",
-     "return eps_empty + eta * (eps_c - eps_empty)"),
     ("erase loss: the target is the concept itself", A,
      "target = esd_target(z.eps_c, z.eps_empty, config.eta)",
      "target = z.eps_c"),
-    ("erase loss: eta has no effect", A,
-     "target = esd_target(z.eps_c, z.eps_empty, config.eta)",
-     "target = esd_target(z.eps_c, z.eps_empty, 1.0)"),
     ("erase loss: the prefix found is not used", A,
      "                context = encode_with_prefix(sd, ids[z.prompt], delta)\n\n",
      "                context = sd.encode_tokens(ids[z.prompt])\n\n"),
-    ("erase loss: the prefix is in front of another prompt", A,
-     "                context = encode_with_prefix(sd, ids[z.prompt], delta)\n\n",
-     "                context = encode_with_prefix(sd, ids[1 - z.prompt], delta)\n\n"),
-    ("inner attack: aims at the empty prompt", A,
-     "return attack_loss(sd, z.x_t, z.t, context, z.eps_c)",
-     "return attack_loss(sd, z.x_t, z.t, context, z.eps_empty)"),
-    ("inner attack: runs from the target", A,
-     "return attack_loss(sd, z.x_t, z.t, context, z.eps_c)",
-     "return -attack_loss(sd, z.x_t, z.t, context, z.eps_c)"),
     ("inner attack: gives the first prefix, not the last", A,
      "loss_of, attack):\n            pass\n    return delta, losses",
      "loss_of, attack):\n            break\n    return delta, losses"),
@@ -67,9 +49,6 @@ MUTANTS = [  # what is wrong, in which file, what stands there once, the wrong t
     ("inner attack: gradients pile up", A,
      "delta.grad = torch.autograd.grad(losses.sum(), delta)[0]",
      "losses.sum().backward()"),
-    ("inner attack: the fast step climbs", A,
-     "delta -= attack.lr * delta.grad.sign()",
-     "delta += attack.lr * delta.grad.sign()"),
     ("inner attack: the fast step forgets the number of steps", A,
      "steps, lr = 1, steps * lr",
      "steps = 1"),
@@ -82,36 +61,9 @@ MUTANTS = [  # what is wrong, in which file, what stands there once, the wrong t
     ("token attack: gives the tokens drawn, not the likeliest", A,
      "yield legal[p.argmax(-1)], losses.detach()",
      "yield legal[drawn], losses.detach()"),
-    ("token attack: no gradient passes", A,
-     "loss_of(hard + (soft - soft.detach()), step)",
-     "loss_of(hard + 0 * soft, step)"),
     ("token attack: the decay is added to the gradient", A,
      "torch.optim.AdamW([p], lr=",
      "torch.optim.Adam([p], lr="),
-    ("token attack: does not project onto the simplex", A,
-     "            p.copy_(project_simplex(p))\n",
-     "            p.clamp_(min=0)\n"),
-    ("projection onto the simplex: one coordinate too many", A,
-     "(u > taus).sum(-1, keepdim=True) - 1",
-     "(u > taus).sum(-1, keepdim=True)"),
-    ("prefix: behind the prompt's first token", A,
-     "cat([tokens[:, :1], delta, tokens[:, 1 :",
-     "cat([tokens[:, :2], delta, tokens[:, 2 :"),
-    ("legal tokens: all of them", A,
-     "if text.isprintable() and tokens == [i]])",
-     "if text.isprintable()])"),
-    ("room for the prefix: one token too many", A,
-     "if length + k > sd.context_length:",
-     "if length + k > sd.context_length + 1:"),
-    ("bank: the seed has no effect", A,
-     "first_seed = 1_000_000 * (config.seed + 1)",
-     "first_seed = 1_000_000"),
-    ("bank: without guidance", A,
-     "steps, guidance=3.0)",
-     "steps, guidance=1.0)"),
-    ("bank: only the first half of each run", A,
-     "step = torch.randint(len(grid), (times, n)",
-     "step = torch.randint(len(grid) // 2, (times, n)"),
     ("bank: t is above the noise level", A,
      "grid[step].to(",
      "(39 + grid[step]).to("),
@@ -130,73 +82,39 @@ MUTANTS = [  # what is wrong, in which file, what stands there once, the wrong t
     ("layers: the last instead of the first", A,
      "list(layers[: config.layers or None].parameters())",
      "list(layers[-config.layers :].parameters())"),
-    ("training: a copy of the whole model", A,
-     "sd = replace(sd_o, **{part: copy.deepcopy(getattr(sd_o, part)).float()})",
-     "sd = replace(sd_o, **{name: copy.deepcopy(getattr(sd_o, name)) for name in "
-     "('text_encoder', 'unet', 'vae')})"),
     ("training: changes the original model", A,
      "copy.deepcopy(getattr(sd_o, part)).float()",
      "getattr(sd_o, part)"),
-    ("evaluation attack: aims at the next row's picture", A,
-     "    x_0 = sd.vae.encode(2 * pictures - 1)\n",
-     "    x_0 = sd.vae.encode(2 * pictures - 1).roll(1, 0)\n"),
-    ("evaluation attack: pictures are not brought to [-1, 1]", A,
-     "x_0 = sd.vae.encode(2 * pictures - 1)",
-     "x_0 = sd.vae.encode(pictures)"),
     ("evaluation attack: pictures of the first rows once some drop out", A,
      "ddpm_loss(sd, x_0[left]",
      "ddpm_loss(sd, x_0[: len(left)]"),
-    ("evaluation attack: prefixes of the first rows once some drop out", A,
-     "ids[left], delta[left])",
-     "ids[left], delta[: len(left)])"),
     ("evaluation attack: t below 500 only", A,
      "t = torch.randint(len(sd.schedule.alpha_bar), (steps, len(x_0)), generator=generator)",
      "t = torch.randint(500, (steps, len(x_0)), generator=generator)"),
     ("evaluation attack: its text lacks the prompt", A,
      "texts = [f\"{front} {prompts[i]}\" for front",
      "texts = [front for front"),
-    ("evaluation attack: those that show the concept are kept, the others dropped", A,
-     "left = left[~shows]",
-     "left = left[shows]"),
     ("inversion: another prompt's picture", A,
      "ddpm_loss(sd, x_0[now]",
      "ddpm_loss(sd, x_0[now - 1]"),
-    ("ASR: without prompts that show the concept anyway", E,
-     "flags = [d[\"without_attack\"] or d[\"broken\"] for",
-     "flags = [d.get(\"broken\", False) for"),
     ("ASR: over the attacked prompts alone", E,
      "for d in details[kind]]\n        figures[",
      "for d in details[kind] if not d[\"without_attack\"]]\n        figures["),
     ("rates: any row's label counts", E,
      "return [row.label in names for names, row in",
      "return [any(r.label in names for r in rows) for names, row in"),
-    ("Wilson interval: without the term of n", E,
-     "z2 / (4 * n * n))",
-     "0)"),
     ("Frechet distance: of the model to itself", E,
      "features(evaluation_set.original[\"utility\"])",
      "features(drawn[\"utility\"])"),
     ("pictures: one seed for a batch", E,
      "seed=[row.seed for row in batch]",
      "seed=[batch[0].seed for row in batch]"),
-    ("Frechet distance: adds the product of covariances", "sd_mini/lab/classifiers.py",
-     "s_b.trace() - 2 * product)",
-     "s_b.trace() + 2 * product)"),
-    ("judge: the least likely text", "sd_mini/lab/classifiers.py",
-     "likeliest = (self.features(pictures) @ self.texts.T).argmax(-1)",
-     "likeliest = (self.features(pictures) @ self.texts.T).argmin(-1)"),
     ("toy CLIP score: of the prompt's start, not its end", "sd_mini/lab/classifiers.py",
      "end = ids.argmax(-1)  #",
      "end = ids.argmin(-1)  #"),
     ("comparison: pooled rates are the mean of percentages, over too few", "sd_mini/lab/compare.py",
      "n = sum(cell[\"n\"] for cell in cells)",
      "n = cells[0][\"n\"]"),
-    ("comparison: naive AT has a retain loss", A,
-     "\"naive AT\": dict(retain_weight=0.0),",
-     "\"naive AT\": {},"),
-    ("comparison: ESD with the learning rate of AdvUnlearn", A,
-     "\"no_cross_attention\", lr=config.esd[0])",
-     "\"no_cross_attention\", lr=config.lr)"),
     ("prompts: the retain set keeps the concept", "sd_mini/lab/prompts.py",
      "zip(prompts, named) if not names]",
      "zip(prompts, named)]"),
@@ -212,29 +130,25 @@ MUTANTS = [  # what is wrong, in which file, what stands there once, the wrong t
 ]
 
 
-def wrong_nodes(node):
-    """What may stand in the place of a node of the syntax tree."""
+def wrong(node):
+    """What may stand in the place of a node of the syntax tree; itself if nothing is tried."""
     new = copy.deepcopy(node)
     if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in OPPOSITE:
         new.op = OPPOSITE[type(node.op)]()
-        yield new
     elif isinstance(node, ast.Compare) and type(node.ops[0]) in OPPOSITE:
         new.ops[0] = OPPOSITE[type(node.ops[0])]()
-        yield new
-    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
-        yield node.operand
+    elif isinstance(node, ast.UnaryOp):
+        return node.operand
     elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
         new.value = not node.value if isinstance(node.value, bool) else node.value + 1
-        yield new
     elif isinstance(node, ast.Call) and len(node.args) > 1:
         new.args[:2] = reversed(new.args[:2])
-        yield new
     elif isinstance(node, (ast.AugAssign, ast.If)) or (
             isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)):
-        yield ast.Pass()
+        return ast.Pass()
     elif isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
         new.value = ast.Call(ast.Attribute(new.value, "detach", ast.Load()), [], [])
-        yield new
+    return new
 
 
 def places(file):
@@ -243,7 +157,7 @@ def places(file):
     for parent in ast.walk(tree):
         for field, value in ast.iter_fields(parent):
             for i, node in enumerate(value if isinstance(value, list) else [value]):
-                for new in wrong_nodes(node) if isinstance(node, ast.AST) else ():
+                if isinstance(node, ast.AST) and ast.dump(new := wrong(node)) != ast.dump(node):
                     yield file, tree, parent, field, i, node, new
 
 
@@ -268,12 +182,22 @@ def listed(word):
             yield what, file, source.replace(right, wrong)
 
 
+def tests_of(file):
+    """Its room, without the golden run, which is for what no test is about."""
+    if file == A:
+        return ["tests/paper", "--ignore=tests/paper/test_golden.py",
+                "tests/lab/test_run.py::test_help_lists_the_groups"]
+    if "/lab/" in file:
+        return ["tests/paper/test_evaluation.py", "tests/lab"]
+    return ["tests/sd", "tests/lab/test_waits.py"]  # which has half precision
+
+
 def passes(folder, file, source):
-    """Do the tests of the file's room pass in the copy `folder`, with this source?"""
-    room = "tests/paper" if file == A else f"tests/{'lab' if '/lab/' in file else 'sd'}"
+    """Do its tests pass in the copy `folder`, with this source?"""
     right = (folder / file).read_text(encoding="utf-8")
     (folder / file).write_text(source, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", room]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
+               *tests_of(file)]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         return not subprocess.run(command, cwd=folder, capture_output=True, timeout=1200,
@@ -290,7 +214,7 @@ def main():
     parser.add_argument("--draw", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    mutants = list(drawn(args.draw, args.seed) if args.draw else listed(args.word))
+    mutants = [*(drawn(args.draw, args.seed) if args.draw else listed(args.word))]
     passed = 0
     with tempfile.TemporaryDirectory() as root:
         leave_out = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache")

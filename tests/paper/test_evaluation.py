@@ -11,7 +11,7 @@ from sd_mini.lab import tasks
 from . import ASKED, WIDTH, assert_independent, told
 
 same = torch.equal
-STARRED = ["a photo of a *", "* a boat", "a * at night"]
+STARRED = ["a photo of a *", "* a boat", "a *" + 20 * " boat"]  # the last fills the context
 TARGETS = torch.rand(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -33,10 +33,12 @@ def attacked(tiny, calls, monkeypatch):
             seen.attack = attack
             for step in range(attack.steps):
                 delta, found = torch.randn(2, n, attack.k, WIDTH, generator=draws)
+                loss = loss_of(delta.requires_grad_(), step)
+                assert loss.requires_grad
                 if attack.kind == "token":
                     found = legal[torch.randint(len(legal), (n, attack.k), generator=draws)]
                 seen.tried.append((delta, found))
-                yield found, loss_of(delta, step)
+                yield found, loss
 
         def embedding_attack(table, start, loss_of, attack):
             seen.start = start

@@ -36,6 +36,7 @@ def sampled(monkeypatch):
 
     def sample_latents(sd, prompts, seeds, steps, stop=None):
         asked.append((sd, [*prompts], [*seeds], steps, stop))
+        sd.initial_noise(seeds)  # raises where the real one does
         n, stop = len(prompts), stop or steps
         z = torch.zeros(n, stop, 3, 4, 1, 1, dtype=torch.float64)
         z[:, :, :, 0] += torch.tensor([WORDS.index(each) for each in prompts]).view(n, 1, 1, 1, 1)
@@ -79,10 +80,11 @@ def test_the_bank_has_as_many_runs_of_each_prompt_and_draws_any_of_them(tiny, sa
     draw = au.trajectory_bank(tiny, WORDS, config)
     runs = [(p, seed) for _, prompts, seeds, _, _ in sampled for p, seed in zip(prompts, seeds)]
     assert [p for p, _ in runs] == [p for p in WORDS for _ in range(5)]
-    assert len({seed for _, seed in runs}) == 40 and {len(p) for _, p, *_ in sampled} == {7, 5}
+    assert [seed for _, seed in runs] == [*range(1_000_000, 1_000_040)]
+    assert {len(prompts) for _, prompts, *_ in sampled} == {7, 5}
     assert {(sd is tiny, steps, stop) for sd, _, _, steps, stop in sampled} == {(True, 8, None)}
     prompts, seeds, steps, t = drawn(draw, 4, generator)
-    assert others.isdisjoint(seed for _, seed in runs) and seeds.min() >= 1_000_000
+    assert others.isdisjoint(seed for _, seed in runs)
     of = {seed: (WORDS.index(p), i % 5) for i, (p, seed) in enumerate(runs)}
     prompt, run = torch.tensor([of[seed] for seed in seeds.flatten().tolist()]).T
     assert same(prompt, prompts[:, None].expand(60, 4, 3).flatten())
@@ -96,7 +98,7 @@ def test_afresh_each_draw_has_its_own_runs_up_to_a_step_of_its_own(tiny, sampled
     config = replace(SMALL, trajectory_steps=8)
     prompts, seeds, steps, t = drawn(au.sample_afresh(tiny, WORDS, config), 4, generator)
     assert {(sd is tiny, steps) for sd, _, _, steps, _ in sampled} == {(True, 8)}
-    assert len(seeds.unique()) == 60 * 4 * 3
+    assert len(seeds.unique()) == 60 * 4 * 3 and 2**30 < seeds.max() < 2**31
     assert same(steps, steps[..., :1].expand_as(steps))
     assert [stop for *_, stop in sampled] == (steps[..., 0].flatten() + 1).tolist()
     assert same(t, torch.tensor(tiny.schedule.timesteps(8))[steps.long()])

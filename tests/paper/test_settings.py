@@ -23,6 +23,10 @@ def test_defaults_are_the_published_ones():
         erase_batch=1, esd=(1e-5, 1e-5), attack="embedding", attack_steps=30, attack_lr=1e-3,
         prefix=1, retain_weight=0.5, retain_batch=5, trajectory_steps=50)
     assert au.CONCEPTS == {"nudity": dict(layers=0, retain_weight=0.3)}
+    assert au.TOY == dict(
+        layers=0, steps=600, warmup=30, lr=2e-4, erase_batch=4, retain_weight=2.0, retain_batch=12,
+        attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48, trajectory_steps=12,
+        esd=(1e-4, 2e-4))
 
 
 ALLOWED = """layers 0, steps 1, warmup 0, lr 1e-10, lr 1.0, eta 0.0, erase_batch 1, attack_steps 1,
@@ -52,6 +56,7 @@ def test_flags_are_typed_and_in_range():
     (dict(steps=5, warmup=5), {}, "--warmup"), (dict(attack="token"), {"attack_lr"}, "--attack"),
     (dict(attack="token"), {"attack_radius"}, "--attack"),
     (dict(task="compare"), {"attack"}, "--task"), (dict(task="compare"), {"train"}, "--task"),
+    (dict(resume=True, overwrite=True), {}, "--resume"),  # as the lab says
     (dict(steps=5, warmup=4), {}, None), (dict(steps=5, warmup=5, attack="none"), {}, None),
     (dict(attack="token"), {"token_lr"}, None), ({}, {"attack_lr", "attack", "train"}, None)])
 def test_settings_that_contradict_each_other_are_refused(changes, given, named):
@@ -68,11 +73,12 @@ def test_what_would_fail_later_is_refused_before_any_work(tiny, calls):
     word = "zyzzyva"
     room = tiny.context_length - len(tiny.tokenizer(word).input_ids)
     seen = calls("check_memory", instead=lambda *given: None)
-    check, short, long = au.METHOD.check, ["a boat"] * 3, ["a boat " * 12]
+    check, short, long = au.METHOD.check, ["a boat"] * 3, ["boat " * (tiny.context_length - 1)]
+    full = ["boat " * (tiny.context_length - 2)]
     check(tiny, [word], short, replace(SMALL, prefix=room, trajectories=5, trajectory_steps=7))
     [((_, size, _), _)] = seen.pop("check_memory")
     assert size == 4 * 3 * (5 + 6) * 7 * 4 * 2 * 2
-    check(tiny, short, [word], replace(SMALL, prefix=room + 1, fresh_trajectories=True))
+    check(tiny, short, full, replace(SMALL, prefix=room + 1, fresh_trajectories=True))
     assert not seen
     for erased, retained, changes in (([word], short, dict(prefix=room + 1)),
                                       (short, long, {}), (short, short, dict(layers=4))):

@@ -58,20 +58,14 @@ def test_sharded_files(v1, folder):
 
 # --- the hub, offline
 
-def test_hub_id_from_the_cache(v1, hub):
+def test_a_hub_id_is_found_in_the_cache_or_said_not_to_be(v1, hub):
     assert_same(sd_mini.load(hub), v1)
     for source in (hub, f"{hub}@main", f"{hub}@{40 * '0'}"):
         assert_same(sd_mini.load_text_encoder(source), v1.text_encoder)
         assert_same(sd_mini.load_text_encoder(f"{source}:church_unlearned"), v1.text_encoder)
-
-
-@pytest.mark.parametrize("source, message", [
-    ("someone/else", "the hub cannot be reached"),
-    ("someone/tiny@other", "the hub cannot be reached"),
-    ("nothing", "no such folder"),
-])
-def test_what_is_not_there_says_so_in_one_line(hub, source, message):
-    assert message in refusal(sd_mini.load, source)
+    for source in ("someone/else", f"{hub}@other"):
+        assert "the hub cannot be reached" in refusal(sd_mini.load, source)
+    assert "no such folder" in refusal(sd_mini.load, "nothing")
 
 
 @pytest.mark.parametrize("kind", [".safetensors", ".fp16.safetensors", "-00001.safetensors"])
@@ -91,14 +85,13 @@ def test_the_files_needed_and_only_they_are_asked_for(folder, tmp_path, monkeypa
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     path, stem = folder / WEIGHTS["unet"], "diffusion_pytorch_model"
     path.rename(path.with_name(stem + kind))
-    if kind.startswith("-"):
-        index = json.dumps({"weight_map": {"conv_in.weight": stem + kind}})
-        (path.parent / f"{path.name}.index.json").write_text(index)
+    index = json.dumps({"weight_map": {"conv_in.weight": stem + kind}})
+    (path.parent / f"{path.name}.index.json").write_text(index)
     sd_mini.load("some/model@v1")
-    of_unet = [pattern for pattern in asked if pattern.startswith(f"unet/{stem}")]
     kinds = [".safetensors", ".fp16.safetensors", "-*.safetensors"]
     wanted = kinds[: 1 + kinds.index(kind.replace("00001", "*"))]
-    assert of_unet == [f"unet/{stem}{each}" for each in wanted]
+    assert [pattern for pattern in asked if pattern.startswith("unet/diff")] == [
+        f"unet/{stem}{each}" for each in wanted]
     assert not any(".bin" in pattern or pattern.startswith("*") for pattern in asked)
 
 
@@ -106,14 +99,13 @@ def test_the_files_needed_and_only_they_are_asked_for(folder, tmp_path, monkeypa
 
 def test_a_folder_comes_before_the_hub_and_before_the_toy(v1, hub, tmp_path, monkeypatch):
     """A relative folder is named as a hub id is; a Path says what a word does not."""
-    for name in ("C:me@host", "someone/tiny@main:church"):
-        folder = shutil.copytree(v1.folder, tmp_path / name)
-        assert_same(sd_mini.load_text_encoder(str(folder)), v1.text_encoder)
+    folder = shutil.copytree(v1.folder, tmp_path / "someone/tiny@main:church")
+    assert_same(sd_mini.load_text_encoder(str(folder)), v1.text_encoder)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(TOY, "someone/tiny")
     assert sd_mini.load(hub).latent_shape == (4, 16, 16)
     shutil.copytree(v1.folder, "toy")
-    for path in (tmp_path / "toy", (tmp_path / "toy").relative_to(tmp_path), "./toy"):
+    for path in ((tmp_path / "toy").relative_to(tmp_path), "./toy"):
         assert sd_mini.load(path).latent_shape == (4, 8, 8)
     path = v1.folder / WEIGHTS["text_encoder"]
     line = refusal(sd_mini.load_text_encoder, path)

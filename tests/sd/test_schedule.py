@@ -7,16 +7,12 @@ from sd_mini.schedule import Schedule
 from .reference import SCHEDULER, close
 
 LINEAR = dict(num_train_timesteps=500, beta_start=0.001, beta_end=0.01)
+OURS = Schedule(SCHEDULER)
 
 
-@pytest.fixture
-def schedule():
-    return Schedule(SCHEDULER)
-
-
-def pictures(generator, n=2):
-    """n batches of three small pictures"""
-    return torch.randn(n, 3, 4, 2, 2, generator=generator)
+def pictures(generator):
+    """Two batches of three small pictures."""
+    return torch.randn(2, 3, 4, 2, 2, generator=generator)
 
 
 @pytest.mark.parametrize("config, beta", [
@@ -30,21 +26,17 @@ def test_alpha_bar_is_the_running_product(config, beta):
         assert abs(alpha_bar - product) < 1e-5 * product + 1e-7
 
 
-def test_each_row_has_the_noise_of_its_own_t(schedule, generator):
+def test_noise_is_added_and_taken_away_by_each_rows_t(generator):
+    """A DDIM step with the true noise moves along the forward process."""
     x_0, noise = pictures(generator)
-    for t in (torch.tensor([0, 500, 999]), torch.tensor(20), 999):
-        a = schedule.alpha_bar[t].view(-1, 1, 1, 1)
-        x_t = schedule.add_noise(x_0, noise, t)
+    for t, t_prev in ((torch.tensor([400, 801, 999]), torch.tensor([1, 781, 400])),
+                      (torch.tensor(20), torch.tensor(0)), (801, 781)):
+        a = OURS.alpha_bar[t].view(-1, 1, 1, 1)
+        x_t = OURS.add_noise(x_0, noise, t)
         close(x_t, a.sqrt() * x_0 + (1 - a).sqrt() * noise)
-        close(schedule.v_to_eps(a.sqrt() * noise - (1 - a).sqrt() * x_0, x_t, t), noise)
-    assert schedule.add_noise(x_0.half(), noise.half(), 20).dtype == torch.float16
-
-
-def test_ddim_step_with_the_true_noise_moves_along_the_forward_process(schedule, generator):
-    x_0, noise = pictures(generator)
-    for t, t_prev in ((801, 781), (torch.tensor([400, 801, 999]), torch.tensor([1, 781, 400]))):
-        x_t = schedule.add_noise(x_0, noise, t)
-        close(schedule.ddim_step(x_t, noise, t, t_prev), schedule.add_noise(x_0, noise, t_prev))
+        close(OURS.v_to_eps(a.sqrt() * noise - (1 - a).sqrt() * x_0, x_t, t), noise)
+        close(OURS.ddim_step(x_t, noise, t, t_prev), OURS.add_noise(x_0, noise, t_prev))
+    assert OURS.add_noise(x_0.half(), noise.half(), 20).dtype == torch.float16
 
 
 @pytest.mark.parametrize("to_one", [False, True])
@@ -57,20 +49,20 @@ def test_below_0_is_the_clean_picture(to_one, generator):
         close(schedule.ddim_step(schedule.add_noise(x_0, noise, 1), noise, 1, t_prev), clean)
 
 
-def test_timesteps_are_those_of_stable_diffusion(schedule):
-    assert schedule.timesteps(50) == list(range(981, 0, -20))
-    assert schedule.timesteps(1) == [1] and schedule.timesteps(3) == [667, 334, 1]
-    assert schedule.timesteps(999) == list(range(999, 0, -1))
+def test_timesteps_are_those_of_stable_diffusion():
+    assert OURS.timesteps(50) == list(range(981, 0, -20))
+    assert OURS.timesteps(1) == [1] and OURS.timesteps(3) == [667, 334, 1]
+    assert OURS.timesteps(999) == list(range(999, 0, -1))
     for steps in (0, 1000):  # of 1000 steps the first would be time step 1000
         with pytest.raises(ValueError, match="steps must be from 1 to 999"):
-            schedule.timesteps(steps)
+            OURS.timesteps(steps)
 
 
-def test_guidance_is_a_line_through_both_predictions(schedule, generator):
+def test_guidance_is_a_line_through_both_predictions(generator):
     eps_c, eps_empty = pictures(generator)
-    for guidance in (0.0, 1.0, 7.5, torch.tensor([0.0, 1.0, 7.5]).view(3, 1, 1, 1)):
-        found = schedule.guide(eps_c, eps_empty, guidance)
-        close(found, guidance * eps_c + (1 - guidance) * eps_empty)
+    for guidance in (7.5, torch.tensor([0.0, 1.0, 7.5]).view(3, 1, 1, 1)):
+        close(OURS.guide(eps_c, eps_empty, guidance),
+              guidance * eps_c + (1 - guidance) * eps_empty)
 
 
 @pytest.mark.parametrize("config", [
@@ -83,7 +75,7 @@ def test_steps_are_those_of_the_reference(config, generator):
     reference = pytest.importorskip("diffusers").DDIMScheduler
     ours, theirs = Schedule(config), reference.from_config({"clip_sample": False, **config})
     x, out = pictures(generator)
-    for steps in (1, 3, 7, 30, 50, 333):
+    for steps in (1, 3, 7, 30, 50, 333, 500):
         theirs.set_timesteps(steps)
         timesteps, stride = ours.timesteps(steps), ours.config["num_train_timesteps"] // steps
         assert timesteps == theirs.timesteps.tolist()

@@ -21,7 +21,7 @@ EXTRA = {  # what the file of training code has besides
 
 @pytest.fixture
 def single(v1, tmp_path):
-    path = tmp_path / "new/tune.safetensors"
+    path = tmp_path / "a/new/tune.safetensors"
     sd_mini.save_single_file(v1, path)
     return path
 

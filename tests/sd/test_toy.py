@@ -32,9 +32,9 @@ def test_drawing_is_seeded_and_every_object_place_and_style_draws():
     kinds = [(object, word) for object, words in world.OBJECTS.items() for word in words]
     kinds += [("nothing", ""), ("nothing", "7")]  # a landscape, a nameless shape
     looks = [(style, phrase) for style, phrases in world.STYLES.items() for phrase in phrases]
-    pairs, places = itertools.product(kinds, looks), itertools.cycle(world.PLACES)
-    for ((object, word), (style, phrase)), place in zip(pairs, places):
-        scene = world.Scene(object, word, "red", place, style, phrase)
+    pairs = itertools.product(kinds, looks)
+    for (kind, look), place in zip(pairs, itertools.cycle(world.PLACES)):
+        scene = world.Scene(*kind, "red", place, *look)
         a, b = (world.draw(scene, np.random.default_rng(5)) for _ in range(2))
         assert a.shape == (64, 64, 3) and a.dtype == np.uint8 and (a == b).all()
 
@@ -45,10 +45,8 @@ def test_synonyms_share_no_token_with_the_name_and_are_kinds_of_their_own(sd, co
     alike, all words would get the same embedding. Then an attack would have nothing to find.
     """
     listed = [word for word in read_concepts(concept)[0].synonyms if word != "refuse lorries"]
-    captions = world.OBJECTS.get(concept, world.STYLES.get(concept, {}))
-    in_captions = " ".join(captions).split()
-    assert len(listed) >= 2
-    assert all(word in in_captions for synonym in listed for word in synonym.split())
+    captions = " ".join(world.OBJECTS.get(concept, world.STYLES.get(concept, {})))
+    assert len(listed) >= 2 and {*" ".join(listed).split()} <= {*captions.split()}
     name, *synonyms = (set(sd.tokenizer(words).input_ids[1:-1]) for words in (concept, *listed))
     assert all(not name & synonym for synonym in synonyms)
     scenes = [world.Scene(concept, word, "red", "sky", "photo", "")
@@ -75,9 +73,8 @@ def test_classifier_is_right_and_says_nothing_where_nothing_is_to_be_seen():
     for kind in LABELS:
         right = [f == getattr(s, kind) for f, s in zip(found[kind], scenes)]
         assert np.mean(right) >= 0.98
-    everywhere = torch.ones(200) > 0
-    ruined = train.disturb(pictures, everywhere, torch.Generator().manual_seed(77))
-    found = classifier.labels(ruined)
+    found = classifier.labels(train.disturb(
+        pictures, torch.ones(200) > 0, torch.Generator().manual_seed(77)))
     assert found["object"].count("nothing") >= 0.98 * 200
     for style in world.STYLES:
         own = [f for f, s in zip(found["style"], scenes) if s.style == style]
@@ -101,10 +98,6 @@ def test_the_toy_draws_what_is_asked_and_next_to_nothing_of_it_unasked(sd):
 
 # --- training, in a world of 40 pictures of day and 32 of dusk
 
-class Stop(Exception):
-    pass
-
-
 @pytest.fixture
 def work(tmp_path, monkeypatch):
     for name, value in dict(PICTURES=40, DUSK_PICTURES=32, VAE_STEPS=3, CLIP_STEPS=2,
@@ -121,10 +114,10 @@ def stage(work, monkeypatch):
     def of(function):
         def fit(name, network, loss_of, *rest):
             of.found = network, loss_of
-            raise Stop
+            raise KeyboardInterrupt
 
         monkeypatch.setattr(train, "fit", fit)
-        with pytest.raises(Stop):
+        with pytest.raises(KeyboardInterrupt):
             function(TOY, work, "cpu")
         return of.found
 
@@ -324,14 +317,14 @@ def test_fit_goes_on_where_it_was_stopped(tmp_path):
         def loss_of(generator):
             steps.append(generator.initial_seed())
             if len(steps) == stop:
-                raise Stop
+                raise KeyboardInterrupt
             return (network(torch.randn(8, 3, generator=generator)) - 1).square().mean()
 
         average = train.fit("one", network, loss_of, 120, 0.05, work)
         return steps, nn.ModuleList([network, average])
 
     steps, networks = fit(tmp_path / "whole")
-    with pytest.raises(Stop):
+    with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "stopped", 110)
     rest, again = fit(tmp_path / "stopped")
     assert steps == list(range(120)) and rest == list(range(100, 120))
