@@ -112,8 +112,7 @@ state = lambda: (plt.get_backend(), dict(os.environ), signal.getsignal(signal.SI
 before, toy, figure = state(), sd_mini.load("toy"), plt.figure()
 
 def work():
-    config = replace(au.Config(), steps=3, warmup=2, attack_steps=1, trajectories=2,
-                     trajectory_steps=1)
+    config = replace(au.Config(), steps=2, warmup=1, attack_steps=1, trajectory_steps=1)
     done.append(au.advunlearn(toy, ["church"], ["a boat"], config, "kept")[1])
     done.append(tasks.run_task(au.METHOD, dict(task="sample", prompts=["x"], eval_steps=1,
                                                model="toy", device="cpu")))
@@ -121,15 +120,16 @@ def work():
 from sd_mini.lab import tasks
 done, thread = [], threading.Thread(target=work)
 thread.start(), thread.join()
-assert state() == before and len(done[0]) == 3 and done[1] == 0 and plt.get_fignums() == [1]
+assert state() == before and len(done[0]) == 2 and done[1] == 0 and plt.get_fignums() == [1]
 """
 
 
 @pytest.mark.long
 def test_a_notebook_keeps_its_plots_environment_and_signals(tmp_path):
     """Train in a thread with `Config()`, and draw. An import loads what it uses."""
+    own = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # else torch sets it
     done = subprocess.run([sys.executable, "-c", HOST], cwd=tmp_path, text=True,
-                          capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+                          capture_output=True, env={**os.environ, **own})
     assert done.returncode == 0, done.stderr
 
 
