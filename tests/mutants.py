@@ -185,11 +185,10 @@ def listed(word):
 def tests_of(file):
     """Its room, without the golden run, which is for what no test is about."""
     if file == A:
-        return ["tests/paper", "--ignore=tests/paper/test_golden.py",
-                "tests/lab/test_run.py::test_help_lists_the_groups"]
+        return ["tests/paper", "--ignore=tests/paper/test_golden.py"]
     if "/lab/" in file:
         return ["tests/paper/test_evaluation.py", "tests/lab"]
-    return ["tests/sd", "tests/lab/test_waits.py"]  # which has half precision
+    return ["tests/sd"]
 
 
 def passes(folder, file, source):

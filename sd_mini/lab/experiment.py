@@ -56,10 +56,6 @@ def with_text_encoder(sd, config):
         if own != wanted:
             raise ValueError(f"--text-encoder {config.text_encoder}: its {key} is {own}, that of "
                              f"{config.model} {wanted}: it belongs to another kind of model")
-    base = encoder.config.get("erased_from")
-    if base and base != sd_mini.fingerprint(sd.text_encoder):
-        print(f"note: {config.model} has fine-tuned its own text encoder; this one, erased from "
-              "another, replaces that")
     return replace(sd, text_encoder=encoder)
 
 
@@ -123,9 +119,6 @@ def train(experiment, config, folder=None):
     sd, history = experiment.method.train(sd_o, erase, retain, config, folder)
     for part in trained_parts(sd, sd_o):
         getattr(sd, part).requires_grad_(False).zero_grad()  # which would hold memory
-    if sd.text_encoder is not sd_o.text_encoder:
-        origin = {"erased_from": sd_mini.fingerprint(sd_o.text_encoder)}
-        sd.text_encoder.config = {**sd.text_encoder.config, **origin}
     return sd, history
 
 

@@ -1,4 +1,5 @@
 """The attacks of the evaluation, where the search tries what it is told to, or each is random."""
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -6,9 +7,11 @@ import torch
 from torch.testing import assert_close
 
 import advunlearn as au
-from sd_mini.lab import tasks
+from sd_mini.lab import evaluation, tasks
+from sd_mini.lab.prompts import read_concepts
 
-from . import ASKED, WIDTH, assert_independent, told
+from .. import bench
+from . import ASKED, SMALL, WIDTH, assert_independent, told
 
 same = torch.equal
 STARRED = ["a photo of a *", "* a boat", "a *" + 20 * " boat"]  # the last fills the context
@@ -174,3 +177,17 @@ def test_the_inversion_learns_one_embedding_from_each_prompts_picture(tiny, atta
         assert_close(context, with_v(rows, v))
     assert_independent(torch.stack(chosen).T.unflatten(1, (6, 20)) / 2)
     assert_close(seen.contexts, with_v([0, 1, 2], seen.tried[-1][1]))
+
+
+def test_an_evaluation_takes_the_unet_evaluations_of_the_formula(sd, monkeypatch, tmp_path):
+    """To a classifier that sees nothing no attack succeeds: the bench's worst case."""
+    monkeypatch.setattr(evaluation, "shown", lambda classifier, pictures, rows: [False] * len(rows))
+    config = replace(SMALL, concept="church", eval_prompts=2, eval_utility=3, eval_steps=3,
+                     eval_attack_steps=4, eval_looks=2)
+    prompts = evaluation.load_evaluation_set(sd, read_concepts("church"), config)
+    counted = bench.counted(sd)
+    drawn = evaluation.draw_all(counted, prompts, config)
+    prompts = prompts._replace(original=drawn)
+    evaluation.evaluate(counted, au.METHOD.attacks, prompts, drawn, config, tmp_path)
+    related = len(prompts.paraphrases + prompts.neighbours + prompts.styles)
+    assert sum(counted.work) == pytest.approx(bench.evaluation_work(config, related))
