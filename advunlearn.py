@@ -541,7 +541,7 @@ class Config(Settings):
 # 0.08, 3.5 standard deviations of E. sd_mini/lab/README.md says what each is for.
 TOY = dict(layers=0, steps=600, warmup=30, lr=2e-4, erase_batch=4, retain_weight=2.0,
            retain_batch=12, attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48,
-           trajectory_steps=12, esd=(1e-4, 2e-4))
+           trajectory_steps=12, esd=(1e-4, 5e-4))
 CONCEPTS = {"nudity": dict(layers=0, retain_weight=0.3)}  # as published; not on the toy
 
 # ----------------------------------------------------------- what sd_mini/lab is handed

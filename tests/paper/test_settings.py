@@ -26,7 +26,7 @@ def test_defaults_are_the_published_ones():
     assert au.TOY == dict(
         layers=0, steps=600, warmup=30, lr=2e-4, erase_batch=4, retain_weight=2.0, retain_batch=12,
         attack_steps=2, attack_lr=0.04, prefix=5, trajectories=48, trajectory_steps=12,
-        esd=(1e-4, 2e-4))
+        esd=(1e-4, 5e-4))
 
 
 ALLOWED = """layers 0, steps 1, warmup 0, lr 1e-10, lr 1.0, eta 0.0, erase_batch 1, attack_steps 1,
