@@ -207,8 +207,8 @@ def test_figures_are_those_of_the_results():
             concept, method = name.split(", ", 1)
             row = results[concept.replace(" ", "_")][method]
             for column, cell in zip(columns, ", ".join(cells).split(", "), strict=True):
-                [figure] = [row[title] for title in row if column in title]
-                assert cell == (figure.split(" ")[0] or "-"), (name, column)
+                figure = next((row[title] for title in row if column in title), "-")
+                assert cell == figure.split(" ")[0], (name, column)
 
 
 def has_path(module, path):
