@@ -64,6 +64,14 @@ def test_a_toy_in_its_own_folder_is_a_toy_with_its_own_classifier(tmp_path):
     assert torch.equal(network.head.weight, tensors["head.weight"] + 1)
 
 
+@pytest.mark.parametrize("name", ["out", "text_encoder", "eval_set", "classifier"])
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    task = {"text_encoder": "evaluate"}.get(name, "train")
+    config = tasks.resolve(au.METHOD, {"model": "toy", "task": task, name: "~/x"})
+    assert getattr(config, name) == f"{tmp_path}/x"
+
+
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "C:\\x", "大教堂," * 40, "Somebody," * 99])
 def test_a_concepts_folder_is_in_the_folder_of_runs_and_its_own(tmp_path, name):
     (tmp_path / f"{slug(name)}-compare").mkdir()
