@@ -12,6 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in two processes
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+pytest.register_assert_rewrite("tests.sd.reference")  # a failure shows its values
+
 from .coursework import assignment  # noqa: E402
 from .coursework.exercises import CHECKS, EXERCISES  # noqa: E402
 

