@@ -490,7 +490,11 @@ def inversion_attack(sd, prompts, pictures, config):
 LONGER = 3  # tokens that the attack "longer" puts in front besides eval_prefix
 KINDS = ("embedding", "token", "fast", "none")
 TRAINED = ("text_encoder", "unet", "cross_attention", "no_cross_attention")
-EVALUATED = ("token", "random", "longer", "embedding", "inversion")
+EVALUATED = ("token",  # UnlearnDiffAtk's
+             "random",  # the control: random tokens, at as many looks
+             "longer",  # the token attack with more tokens
+             "embedding",  # a prefix of no tokens
+             "inversion")  # CCE's
 
 
 @dataclass
@@ -583,14 +587,10 @@ def comparison_rows(sd_o, concepts, config):
             "AdvUnlearn, other retain set": dict(retain_set=other_set)}
 
 
-PREFIXES = ("token",  # UnlearnDiffAtk's
-            "random",  # the control: random tokens, at as many looks
-            "longer",  # the token attack with more tokens
-            "embedding")  # of no tokens
 ATTACKS = {kind: EvalAttack(search=partial(prefix_attack, kind=kind),
-                            room=partial(prefix_length, kind=kind)) for kind in PREFIXES}
-ATTACKS["inversion"] = EvalAttack(inversion_attack, room=lambda config: 1,  # CCE's
-                                  together=True)
+                            room=partial(prefix_length, kind=kind))
+           for kind in EVALUATED if kind != "inversion"}
+ATTACKS["inversion"] = EvalAttack(inversion_attack, room=lambda config: 1, together=True)
 METHOD = Method(config=Config, train=advunlearn, attacks=ATTACKS, toy=TOY,
                 concepts=CONCEPTS, check=check_prompts, rows=comparison_rows)
 
