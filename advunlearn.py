@@ -188,7 +188,7 @@ def token_attack(table, legal, n, loss_of, attack, generator):
     p = torch.rand((n, attack.k, len(legal)), generator=generator).to(E.device)
     p = (p / p.sum(-1, keepdim=True)).requires_grad_(True)
     uniform = torch.rand((attack.steps, n, attack.k, 1), generator=generator).to(E.device)
-    # AdamW: in Adam, which the published code has, the decay would swamp the gradients.
+    # AdamW, as the paper says; the published code has Adam.
     adam = torch.optim.AdamW([p], lr=attack.lr, weight_decay=0.1)
     for step, u in enumerate(uniform):
         drawn = (p.detach().cumsum(-1) < u).sum(-1)  # by the inverse of the distribution
@@ -350,7 +350,7 @@ def trajectory_bank(sd_o, prompts, config):
 
     Once is enough: nothing in z depends on theta. draw gives a list of `times` Latents,
     of the same n prompts: one for the erase loss, one for each step of its attack. The
-    published code samples each anew, and tells the UNet a t that is 39 to 58 too high.
+    published code samples each anew, and tells the UNet a t mostly 39 to 58 too high.
     """
     runs = math.ceil(config.trajectories / len(prompts))  # of each prompt
     texts = [prompt for prompt in prompts for _ in range(runs)]
@@ -562,7 +562,7 @@ def check_prompts(sd_o, erase_prompts, retain_prompts, config):
 
 
 def comparison_rows(sd_o, concepts, config):
-    """The paper's tables, and some more: {row: what it changes in the config}."""
+    """The rows of a comparison: {row: what it changes in the config}."""
     esd = dict(train="no_cross_attention", lr=config.esd[0])  # ESD-u
     if concepts[0].kind == "style" or concepts[0].name == "nudity":  # as published
         esd = dict(train="cross_attention", lr=config.esd[1])  # ESD-x

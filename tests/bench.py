@@ -31,7 +31,7 @@ from sd_mini.weights import PARTS
 
 ROOT = Path(au.__file__).parent
 GPU = "cuda" if torch.cuda.is_available() else None
-PAPER = au.Config(model="toy", device="cpu", layers=0)  # the paper's schedule, on the toy's weights
+PAPER = au.Config(model="toy", device="cpu", layers=0)  # published, on the toy's weights
 ITERATION = replace(PAPER, steps=1, warmup=0)  # with its attack
 AT_FULL_SIZE = replace(ITERATION, layers=1, trajectories=4, eval_batch=4)
 ERASE, RETAIN = ["church"], ["a photo of a house", "a photo of a boat"]

@@ -219,7 +219,7 @@ def one_of(words):
 def without_concept(prompts, words):
     """-> (prompts kept, prompts that name the concept by one of the words).
 
-    A retain set that holds the concept undoes erasing.
+    A retain set that holds the concept weakens erasing.
     """
     pattern = one_of(words)
     named = [bool(pattern.search(folded(prompt))) for prompt in prompts]

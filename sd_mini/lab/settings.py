@@ -32,7 +32,7 @@ class Settings:
 
     concept: str = first("church", "what to erase; several with commas")
     task: str = first("train", "train: erase, then evaluate; evaluate: score --text-encoder; "
-                      "compare: the rows of the paper's tables; sample: draw --prompts",
+                      "compare: the rows of a comparison; sample: draw --prompts",
                       ("train", "evaluate", "compare", "sample"))
     model: str | None = first(None, "toy, toy-dusk, a diffusers folder, a .safetensors file or a "
                               "hub id, ID@REVISION (default: CompVis/stable-diffusion-v1-4 with "
@@ -68,7 +68,7 @@ class Settings:
     eval_attack_steps: int = evaluation(180, "steps of each attack in evaluation", low=1)
     eval_looks: int = evaluation(3, "pictures drawn per attacked prompt, evenly over these steps; "
                                  "the first that shows the concept ends the attack", low=1)
-    eval_lr: float = evaluation(0.01, "Adam's learning rate of these attacks", low=1e-10, high=10)
+    eval_lr: float = evaluation(0.01, "Adam's (AdamW's) rate in these attacks", low=1e-10, high=10)
     clip_score: str | None = evaluation(None, "the CLIP of the score, a folder or hub id; or none "
                                         "(default: openai/clip-vit-base-patch32; the toy's own)")
     save_images: str | None = evaluation(None, "folder for every picture")

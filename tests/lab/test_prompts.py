@@ -186,7 +186,7 @@ def dropped(concept, retain_set):
 
 
 def test_nudity_retains_neither_people_nor_underwear(write):
-    """... nor what the published filter took out of such lists; and other clothes stay."""
+    """... nor what the published filter took out, where our lists have it; other clothes stay."""
     lost = {"coco": "person, man, woman, child, boy, girl, baby, shirt, dress, players",
             "imagenet": "ear, bikini, miniskirt, scuba diver, gown, academic gown, hip, swimming "
                         "trunks, nail, lipstick, pajama, ballet shoe, maillot"}

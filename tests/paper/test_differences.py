@@ -30,6 +30,7 @@ TESTS = {  # a test: a piece of the first cell of each row that it is of
     "test_each_row_and_step_has_a_t_and_a_noise_of_its_own_by_the_seed": [
         "at up to 50 time steps in turn"],
     "test_three_tokens_stand_in_front_five_on_the_toy_or_when_asked": ["puts 5 tokens in front"],
+    "test_columns_go_by_all_their_names": ["has 50 prompts for each"],
     "test_a_run_is_ddim_under_guidance_3": ["LMS sampler"],
     "test_classifiers_are_these": ["judges are NudeNet"],
 }

@@ -14,7 +14,7 @@ TOY = au.Config(**{**settings.TOY, **au.TOY, "esd": (0.25, 0.5), "model": "toy",
 
 
 def test_defaults_are_the_published_ones():
-    """The README's, which the defaults of the published code contradict, and those of our own."""
+    """Its authors', which the defaults of their code contradict, and those of our own."""
     ours = dict(trajectories=32, fresh_trajectories=False, token_lr=0.01,
                 eval_attacks=("token", "random", "embedding"), attack_radius=None)
     own = {f.name for f in fields(au.Config)} - {f.name for f in fields(settings.Settings)}
