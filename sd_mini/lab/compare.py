@@ -1,6 +1,5 @@
 """--task compare: the rows of a method, with the same prompts, seeds and budgets, in one table."""
 import gc
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,11 +37,10 @@ def compare(method, config):
 
     def run(name):
         gc.collect()  # the model of the row before
-        own, folder = shared._replace(started=time.time()), folders[name]
-        model = own.sd_o if changes[name] is None else None
+        folder, model = folders[name], shared.sd_o if changes[name] is None else None
         runs.open_folder(folder, records[name], config.overwrite)
-        _, figures, pictures = experiment.run(own, rows[name], folder, "erased", model)
-        experiment.write_results(folder, own, rows[name], {name: figures})
+        _, figures, pictures = experiment.run(shared, rows[name], folder, "erased", model)
+        experiment.write_results(folder, shared, rows[name], {name: figures})
         report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
         runs.close_folder(folder)
 
@@ -58,31 +56,25 @@ def compare(method, config):
 
 
 def wanted_rows(names, chosen):
-    """--methods, by number or name -> names, each once; all where none is chosen."""
-    numbered = {str(i): name for i, name in enumerate(names)}
-    wanted = list(dict.fromkeys(numbered.get(each, each) for each in chosen or names))
-    if unknown := set(wanted) - set(names):
-        listed = ", ".join(f"{i} {name}" for i, name in numbered.items())
-        raise ValueError(f"--methods {min(unknown)}: there are {listed}")
-    return wanted
+    """--methods -> names; all where none is chosen."""
+    if unknown := {*chosen} - {*names}:
+        raise ValueError(f"--methods {min(unknown)!r}: choose from {', '.join(map(repr, names))}")
+    return chosen or names
 
 
 # --- the table
 
 def pooled(results):
     """Figures of several seeds -> one: rates over all prompts of all seeds, means of the rest."""
-    def pool(cells):
-        if not isinstance(cells[0], dict):
-            return sum(cells) / len(cells)
-        n = sum(cell["n"] for cell in cells)
-        return rate_of(sum(round(cell["rate"] * cell["n"]) for cell in cells), n)
-
     figures = {}
-    for result in results:
-        for key, figure in result.items():
-            if key != "details" and figure is not None:
-                figures.setdefault(key, []).append(figure)
-    return {key: pool(cells) for key, cells in figures.items()}
+    for key in {key for result in results for key in result} - {"details"}:
+        cells = [result[key] for result in results if result.get(key) is not None]
+        if cells and isinstance(cells[0], dict):
+            n = sum(cell["n"] for cell in cells)
+            figures[key] = rate_of(sum(round(cell["rate"] * cell["n"]) for cell in cells), n)
+        elif cells:
+            figures[key] = sum(cells) / len(cells)
+    return figures
 
 
 def read_runs(out, records):
@@ -122,11 +114,9 @@ def save_thumbnails(path, pictures, attacks, largest=128):
     """What compare.png may show: the concept's pictures, plain and attacked, and three others."""
     kept = {"rows": pictures["rows"], "utility": pictures["utility"][:3],
             **{kind: pictures[kind] for kind in attacks[:1]}}
-    scale = min(1, largest / pictures["rows"].shape[-1])
-    kept = {part: F.interpolate(drawn, scale_factor=scale, mode="area") if scale < 1 else drawn
-            for part, drawn in kept.items()}
-    kept = {part: (255 * drawn).round().to(torch.uint8).cpu() for part, drawn in kept.items()}
-    save_file(kept, path)
+    size = min(largest, pictures["rows"].shape[-1])
+    kept = {part: F.interpolate(drawn, size, mode="area") for part, drawn in kept.items()}
+    save_file({part: (255 * drawn).round().byte().cpu() for part, drawn in kept.items()}, path)
 
 
 def shown_prompts(found, seed, attack, n=3):
@@ -145,16 +135,15 @@ def shown_prompts(found, seed, attack, n=3):
 def plot_comparison(path, found, evaluation_set, config):
     """compare.png: a line a row; the concept's prompts plain and attacked, then other things."""
     seed, attack = f"seed-{config.seed}", next(iter(config.eval_attacks), None)
+    parts = {"rows": "", attack: "attacked: "} if attack else {"rows": ""}
     shown = [i for i in shown_prompts(found, seed, attack) if i < len(evaluation_set.rows)]
     lines = {}
     for name in found:
         kept = path.parent / slug(name) / seed / THUMBNAILS
         if kept.is_file():
             drawn = {part: pictures.float() / 255 for part, pictures in load_file(kept).items()}
-            attacked = [*drawn[attack][shown]] if attack else []
-            lines[name] = [*drawn["rows"][shown], *attacked, *drawn["utility"]]
+            lines[name] = torch.cat([drawn[part][shown] for part in parts] + [drawn["utility"]])
     if lines:
-        prompts = [evaluation_set.rows[i].prompt for i in shown]
-        attacked = [f"attacked: {prompt}" for prompt in prompts] if attack else []
+        prompts = [front + evaluation_set.rows[i].prompt for front in parts.values() for i in shown]
         others = [row.prompt for row in evaluation_set.utility[:3]]
-        report.plot_grid(path, [*prompts, *attacked, *others], lines)
+        report.plot_grid(path, [*prompts, *others], lines)

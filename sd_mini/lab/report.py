@@ -1,6 +1,5 @@
 """What a run shows of its results: tables, pictures, the loss plot."""
 import csv
-import re
 import subprocess
 import sys
 import textwrap
@@ -55,8 +54,7 @@ def table(results, attacks):
     for key, (title, _) in columns(results.values(), attacks).items():
         found = [result.get(key) for result in results.values()]
         n = found[0]["n"] if isinstance(found[0], dict) else ""
-        if key != "minutes":
-            rows.append([title, *map(text, found), n])
+        rows.append([title, *map(text, found), n])
     return aligned(rows, 24, *[20] * len(results), 6) + ruined(results)
 
 
@@ -133,10 +131,9 @@ def plot_grid(path, prompts, lines):
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def plot_samples(path, evaluation_set, pictures, attacks, concept_columns=6, other_columns=4):
+def plot_samples(path, evaluation_set, pictures, attacks):
     """samples.png: the same prompts and seeds in all lines; the concept's left, others right."""
-    rows = evaluation_set.rows[:concept_columns]
-    utility = evaluation_set.utility[:other_columns]
+    rows, utility = evaluation_set.rows[:6], evaluation_set.utility[:4]
     lines = {name: [*drawn["rows"][: len(rows)], *drawn["utility"][: len(utility)]]
              for name, drawn in pictures.items()}
     for kind in attacks:
@@ -144,15 +141,12 @@ def plot_samples(path, evaluation_set, pictures, attacks, concept_columns=6, oth
     plot_grid(path, [row.prompt for row in (*rows, *utility)], lines)
 
 
-def save_images(folder, evaluation_set, pictures):
-    """Every picture as PART/NUMBER_seed-SEED_PROMPT.png, for FID by another tool."""
+def save_images(folder, pictures):
+    """Every picture as PART/NUMBER.png, in the order of results.json, for FID by another tool."""
     for part, drawn in pictures.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        rows = getattr(evaluation_set, part, evaluation_set.rows)
-        for i, (row, picture) in enumerate(zip(rows, drawn)):
-            words = re.sub(r"[^A-Za-z0-9]+", "-", row.prompt)[:60].strip("-")
-            path = folder / part / f"{i:04}_seed-{row.seed}_{words}.png"
-            matplotlib.image.imsave(path, picture_array(picture))
+        for i, picture in enumerate(drawn):
+            matplotlib.image.imsave(folder / part / f"{i:04}.png", picture_array(picture))
 
 
 def plot_losses(path, history):

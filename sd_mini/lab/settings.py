@@ -40,7 +40,7 @@ class Settings:
     text_encoder: str | None = first(None, "a folder, or ID@REVISION:SUBFOLDER of the hub "
                                      "(default: the model's own)")
     prompts: tuple[str, ...] = first((), "what --task sample draws")
-    methods: tuple[str, ...] = first((), "rows of --task compare, by number or name (default: all)")
+    methods: tuple[str, ...] = first((), "rows of --task compare, by name (default: all)")
     out: str | None = first(None, "folder for what a run leaves (default: runs/CONCEPT or similar)")
     resume: bool = first(False, "go on with the run that was begun in the folder")
     overwrite: bool = first(False, "start anew where the folder holds a run")

@@ -214,7 +214,7 @@ BAD = [  # arguments -> what the line names
     ("--text-encoder {wide}", "--text-encoder: is for --task evaluate and sample"),
     ("--task compare --save-pipeline", "--save-pipeline: is for"),
     ("--task compare --classifier none", "--classifier none: is for --task train"),
-    ("--task compare --methods ESB", "--methods ESB: there are 0 original"),
+    ("--task compare --methods ESB", "--methods 'ESB': choose from 'original'"),
     ("--task evaluate --text-encoder {wide} --out {bad} --overwrite", "would delete"),
     ("--model {model} --out {bad} --overwrite", "would delete"),
     ("--concept=", "--concept"), ("--concept ../x", "'../x'"),
