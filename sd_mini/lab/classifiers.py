@@ -14,8 +14,6 @@ from ..files import read_json
 from ..toy import classifier as toy
 from ..weights import fill
 
-CLIP = "openai/clip-vit-base-patch32"  # of the published evaluation; scores of others differ
-
 
 class ToyClassifier:
     """The toy's own: object and style of a picture of its world."""
@@ -148,12 +146,12 @@ def opening(flag, source, without):
 
 
 def load_clip_score(spec, sd_o, toy):
-    """-> what scores prompts and pictures; None for spec "none"."""
+    """-> what scores prompts and pictures; None for spec "none". By default the published CLIP."""
     if spec == "none":
         return None
     if toy and spec is None:
         return ToyCLIPScore(sd_o)
-    source, revision, _ = split_source(spec or CLIP)
+    source, revision, _ = split_source(spec or "openai/clip-vit-base-patch32")
     with opening("--clip-score", source, "there is no CLIP score"):
         return CLIPScore(source, sd_o.device, revision)
 

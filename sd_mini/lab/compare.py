@@ -40,9 +40,8 @@ def compare(method, config):
         folder, model = folders[name], shared.sd_o if changes[name] is None else None
         runs.open_folder(folder, records[name], config.overwrite)
         _, figures, pictures = experiment.run(shared, rows[name], folder, "erased", model)
-        experiment.write_results(folder, shared, rows[name], {name: figures})
         report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
-        runs.close_folder(folder)
+        experiment.write_results(folder, shared, rows[name], {name: figures})
 
     for name in runs.progress(todo, "comparing", leave=False, disable=not todo):
         try:
@@ -94,13 +93,13 @@ def read_runs(out, records):
 def write_comparison(out, records, shared, config):
     """Write table.csv and compare.png to OUT, and print the table."""
     found, attacks = read_runs(out, records), shared.method.attacks
-    about = {name: {"seeds": " ".join(seed.removeprefix("seed-") for seed in seeds),
-                    "commits": " ".join(sorted({run["commit"] for run in seeds.values()}))}
-             for name, seeds in found.items()}
-    found = {name: {seed: run["results"][name] for seed, run in seeds.items()}
-             for name, seeds in found.items()}
-    figures = {name: pooled(list(seeds.values())) for name, seeds in found.items()}
-    report.write_table(out / "table.csv", figures, attacks, about)
+    figures = {}
+    for name, seeds in found.items():
+        commits = " ".join(sorted({run["commit"] for run in seeds.values()}))
+        found[name] = {seed: run["results"][name] for seed, run in seeds.items()}
+        figures[name] = {**pooled(found[name].values()), "commits": commits,
+                         "seeds": " ".join(seed.removeprefix("seed-") for seed in seeds)}
+    report.write_table(out / "table.csv", figures, attacks)
     report.decorate(plot_comparison, out / "compare.png", found, shared.evaluation_set, config)
     n, steps = len(shared.evaluation_set.rows), config.eval_attack_steps
     print(f"{config.concept}, {config.model}: {n} prompts a seed, attacks of {steps} steps\n"

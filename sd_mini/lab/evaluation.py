@@ -59,8 +59,7 @@ def load_evaluation_set(sd_o, concepts, config, room=0):
     classifier, called = classifiers.load_classifier(spec, names, labels - {*names}, sd_o)
     parts = {name: [row._replace(label=called.get(row.label, row.label)) for row in part]
              for name, part in parts.items()}
-    labels = {row.label for part in parts.values() for row in part}
-    if unknown := labels - classifier.known:
+    if unknown := {row.label for part in parts.values() for row in part} - classifier.known:
         print(f"not counted, since the classifier has no such label: {', '.join(sorted(unknown))}")
     parts = {name: [row for row in part if name == "utility" or row.label not in unknown]
              for name, part in parts.items()}

@@ -1,6 +1,7 @@
 """One run, from its settings to its results."""
 import hashlib
 import json
+import shutil
 import time
 from dataclasses import asdict, replace
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from . import report
 from .evaluation import PARTS as EVALUATED
 from .evaluation import EvaluationSet, draw_all, evaluate, load_evaluation_set
 from .prompts import Concept, read_concepts, training_prompts
+from .runs import CHECKPOINT
 from .settings import Method
 
 
@@ -115,7 +117,7 @@ def run(experiment, config, out, name, sd=None):
     folder, sd_o = out / "partial" / name, experiment.sd_o
     figures, pictures, minutes = {}, {}, {}
     if sd is None:
-        began, resumed = time.time(), any(folder.glob("checkpoint-*"))
+        began, resumed = time.time(), (folder / CHECKPOINT).is_file()
         erase, retain, notes = training_prompts(experiment.concepts, config, sd_o)
         for note in notes:
             print(note)
@@ -136,7 +138,7 @@ def run(experiment, config, out, name, sd=None):
 
 
 def write_results(out, experiment, config, results):
-    """results.json: the figures, and all that it takes to get them again."""
+    """results.json: the figures, and all that it takes to get them again. The run is finished."""
     by = experiment.evaluation_set
     classifier = by and {"name": by.classifier.name, "rule": by.classifier.rule}
     clip = by and by.clip_score and by.clip_score.name
@@ -144,3 +146,4 @@ def write_results(out, experiment, config, results):
         "complete": True, **record(experiment, config), "results": results,
         "classifier": classifier, "clip_score_by": clip, "commit": report.commit(),
         "torch": torch.__version__})
+    shutil.rmtree(out / "partial")

@@ -51,7 +51,6 @@ def erase_and_score(out, experiment, config):
               "in the original and the erased model")
     for name, model in models.items():
         sd, results[name], pictures[name] = run(experiment, config, out, name, model)
-    write_results(out, experiment, config, results)
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
     if config.save_single_file:
@@ -62,7 +61,7 @@ def erase_and_score(out, experiment, config):
                         config.eval_attacks)
     for name in pictures if config.save_images else ():
         report.save_images(Path(config.save_images) / name, pictures[name])
-    runs.close_folder(out)
+    write_results(out, experiment, config, results)
     print(out)
     if config.device != "cpu":
         print(f"at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB on the GPU")
@@ -94,7 +93,6 @@ def resolve(method, given):
     A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
     """
     given = {name: os.path.expanduser(v) if isinstance(v, str) else v for name, v in given.items()}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
     device = check_device(given.get("device") or ("cuda" if cuda else "cpu"))
