@@ -67,9 +67,9 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
     the end of the iteration, which is then written too. A loss that is not finite raises
     ArithmeticError.
     """
-    path, stop, handlers = folder and Path(folder) / CHECKPOINT, threading.Event(), {}
-    begun = path and path.is_file()
-    history = restore(path, theta, optimizer, generator) if begun else []
+    path = folder and Path(folder) / CHECKPOINT
+    history = restore(path, theta, optimizer, generator) if path and path.is_file() else []
+    stop, handlers = threading.Event(), {}
 
     def iterations():
         bar = progress(range(len(history), steps), "training", total=steps, initial=len(history))

@@ -25,8 +25,7 @@ def erase_or_score(method, config):
     out = Path(config.out or Path("runs") / (slug(config.concept) + suffix))
     begun = {"resume": config.resume, "overwrite": config.overwrite}
     for source in (config.text_encoder, config.model):
-        if (config.overwrite and source
-                and Path(source).resolve().is_relative_to(out.resolve())):
+        if config.overwrite and source and Path(source).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
     if config.save_images:
         runs.check_writable(Path(config.save_images), "--save-images")
