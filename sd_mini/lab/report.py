@@ -117,7 +117,7 @@ def plot_grid(path, prompts, lines):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if picture is not None:
-                axis.imshow(picture.permute(1, 2, 0).cpu(), interpolation="nearest")
+                axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         line[0].set_ylabel(textwrap.fill(title, 14), fontsize=8, parse_math=False)
     for axis, prompt in zip(axes[0], prompts):
         axis.set_title(textwrap.fill(prompt, 18), fontsize=7, parse_math=False)
