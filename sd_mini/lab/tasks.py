@@ -43,21 +43,20 @@ def erase_or_score(method, config):
 def erase_and_score(out, experiment, config):
     """The run itself: the original's figures, training, the erased model's, and what is left."""
     models, results, pictures = {"erased": experiment.scored}, {}, {}
-    evaluation_set = experiment.evaluation_set
-    if evaluation_set:
+    if evaluation_set := experiment.evaluation_set:
         models = {"original": experiment.sd_o, **models}
         print(f"{len(evaluation_set.rows)} prompts, attacked in {config.eval_attack_steps} steps, "
               "in the original and the erased model")
     for name, model in models.items():
         sd, results[name], pictures[name] = run(experiment, config, out, name, model)
-    if config.save_pipeline:
-        sd_mini.save_pipeline(sd, out / "pipeline")
-    if config.save_single_file:
-        sd_mini.save_single_file(sd, out / "model.safetensors")
     if evaluation_set:
         print(report.table(results, experiment.method.attacks))
         report.decorate(report.plot_samples, out / "samples.png", evaluation_set, pictures,
                         config.eval_attacks)
+    if config.save_pipeline:
+        sd_mini.save_pipeline(sd, out / "pipeline")
+    if config.save_single_file:
+        sd_mini.save_single_file(sd, out / "model.safetensors")
     for name in pictures if config.save_images else ():
         report.save_images(Path(config.save_images) / name, pictures[name])
     write_results(out, experiment, config, results)
