@@ -363,7 +363,7 @@ def trajectory_bank(sd_o, prompts, config):
         seeds = [first_seed + first + i for i in range(len(batch))]
         sampled.append(sample_latents(sd_o, batch, seeds, len(grid)).cpu())
     bank = torch.cat(sampled).unflatten(0, (len(prompts), runs))  # [prompt, run, step]
-    [bank] = placed([bank], "cpu" if config.low_memory else sd_o.device)
+    bank = placed(bank, "cpu" if config.low_memory else sd_o.device)
 
     def draw(n, generator, times=1):
         prompt = torch.randint(len(prompts), (n,), generator=generator)

@@ -3,6 +3,7 @@
 Classifiers score results; no attack has their gradients.
 """
 import difflib
+import re
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,8 +14,6 @@ from ..files import read_json
 from ..toy import classifier as toy
 from ..weights import fill
 
-CLIP = "openai/clip-vit-base-patch32"  # of the published evaluation; scores of others differ
-
 
 class ToyClassifier:
     """The toy's own: object and style of a picture of its world."""
@@ -23,6 +22,7 @@ class ToyClassifier:
 
     def __init__(self, device, folder):
         self.network = toy.load_classifier(device, folder)
+        self.features = self.network.features  # (N, 3, H, W) -> (N, 128)
         self.known = {*toy.LABELS["object"], *toy.LABELS["style"]} - {"nothing"}
 
     def names(self, pictures):
@@ -41,11 +41,6 @@ class ToyClassifier:
         others = ["object" if name in toy.LABELS["style"] else "style" for name in erased]
         same = [before[other][i] == now[other][i] for i, other in enumerate(others)]
         return clean, [all(pair) for pair in zip(clean, same)]
-
-    @torch.no_grad()
-    def features(self, pictures):
-        """(N, 3, H, W) -> (N, 128)."""
-        return self.network.features(pictures)
 
 
 class HubModel:
@@ -71,12 +66,10 @@ class HubClassifier(HubModel):
                        for i, label in self.network.config.id2label.items()}
         self.known = set().union(*self.labels.values())
 
-    @torch.no_grad()
     def names(self, pictures):
         likeliest = self.network(self.prepare(pictures)).logits.argmax(-1)
         return [self.labels[i] for i in likeliest.tolist()]
 
-    @torch.no_grad()
     def features(self, pictures):
         """The last hidden state, averaged over places or tokens."""
         out = self.network(self.prepare(pictures), output_hidden_states=True)
@@ -93,40 +86,33 @@ class CLIPScore(HubModel):
         super().__init__(CLIPModel, source, device, revision)
         self.tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
 
-    @torch.no_grad()
-    def text_features(self, texts):
+    def compared(self, texts, pictures):
+        """What the network says of M texts and (N, 3, H, W) in [0, 1]."""
         length = self.network.config.text_config.max_position_embeddings
         inputs = self.tokenizer(list(texts), padding="max_length", max_length=length,
                                 truncation=True, return_tensors="pt").to(self.network.device)
-        hidden = self.network.text_model(input_ids=inputs.input_ids,
-                                         attention_mask=inputs.attention_mask).pooler_output
-        return F.normalize(self.network.text_projection(hidden), dim=-1)
-
-    @torch.no_grad()
-    def picture_features(self, pictures):
-        hidden = self.network.vision_model(pixel_values=self.prepare(pictures)).pooler_output
-        return F.normalize(self.network.visual_projection(hidden), dim=-1)
+        return self.network(**inputs, pixel_values=self.prepare(pictures))
 
     def __call__(self, prompts, pictures):
         """N prompts, (N, 3, H, W) in [0, 1] -> N cosines."""
-        return (self.text_features(prompts) * self.picture_features(pictures)).sum(-1).tolist()
+        out = self.compared(prompts, pictures)
+        return (out.text_embeds * out.image_embeds).sum(-1).tolist()
 
 
 class ZeroShot(CLIPScore):
     """CLIP, told the labels of an evaluation: the likeliest of them."""
 
-    known = None  # any label
-    features = CLIPScore.picture_features
-
     def __init__(self, source, device, labels, revision=None):
         super().__init__(source, device, revision)
-        self.choices = sorted(labels)
+        self.known, self.choices = labels, sorted(labels)
         self.rule = f"likeliest of {len(self.choices)} texts: {', '.join(self.choices)}"
-        self.texts = self.text_features(self.choices)
 
     def names(self, pictures):
-        likeliest = (self.features(pictures) @ self.texts.T).argmax(-1)
+        likeliest = self.compared(self.choices, pictures).logits_per_image.argmax(-1)
         return [{self.choices[i]} for i in likeliest.tolist()]
+
+    def features(self, pictures):
+        return self.compared([""], pictures).image_embeds
 
 
 class ToyCLIPScore:
@@ -140,10 +126,8 @@ class ToyCLIPScore:
             self.network = torch.nn.ModuleDict({
                 "picture": toy.PictureNet(64),
                 "projection": torch.nn.Linear(64, 64, bias=False)})
-        path = sd_o.folder / "clip/model.safetensors"
-        fill(self.network, [path], sd_o.device)
+        fill(self.network, [sd_o.folder / "clip/model.safetensors"], sd_o.device)
 
-    @torch.no_grad()
     def __call__(self, prompts, pictures):
         ids = self.sd.tokenize(prompts)
         end = ids.argmax(-1)  # the end token has the highest id; argmax takes it before its padding
@@ -162,12 +146,12 @@ def opening(flag, source, without):
 
 
 def load_clip_score(spec, sd_o, toy):
-    """-> what scores prompts and pictures; None for spec "none"."""
+    """-> what scores prompts and pictures; None for spec "none". By default the published CLIP."""
     if spec == "none":
         return None
     if toy and spec is None:
         return ToyCLIPScore(sd_o)
-    source, revision, _ = split_source(spec or CLIP)
+    source, revision, _ = split_source(spec or "openai/clip-vit-base-patch32")
     with opening("--clip-score", source, "there is no CLIP score"):
         return CLIPScore(source, sd_o.device, revision)
 
@@ -175,15 +159,13 @@ def load_clip_score(spec, sd_o, toy):
 def split_source(spec):
     """"MODEL@REVISION:LABEL" -> (MODEL, REVISION or None, LABEL or None).
 
-    A path that exists is the model, whatever is in its name: "C:\\a:church", "mount@host/clip".
+    A folder may have any name, "C:\\a", "mount@host/clip"; a label has no slash.
     """
-    ends = [len(spec), *(i for i in reversed(range(len(spec))) if spec[i] == ":")]
-    for end in ends:  # the longest first
-        if Path(spec[:end]).exists():
-            return spec[:end], None, spec[end + 1 :] or None
-    source, _, label = spec.partition(":")
+    source, label = re.fullmatch(r"(.*?)(?::([^/\\]+))?", spec).groups()
+    if Path(source).exists():
+        return source, None, label
     source, _, revision = source.partition("@")
-    return source, revision or None, label or None
+    return source, revision or None, label
 
 
 def preparation(source, revision):
@@ -221,6 +203,8 @@ def load_classifier(spec, concepts, labels, sd_o):
     CLIP, a folder or MODEL@REVISION of the hub; LABEL is what it calls a single concept. `labels`:
     what else the pictures may show.
     """
+    from transformers import AutoConfig
+
     called = {name: name for name in concepts}
     if spec is None:
         classifier = ToyClassifier(sd_o.device, sd_o.folder)
@@ -228,26 +212,19 @@ def load_classifier(spec, concepts, labels, sd_o):
         source, revision, own = split_source(spec)
         if own and len(concepts) == 1:
             called = {concepts[0]: own}
+        labels = {*labels, *called.values()}
         with opening("--classifier", source, "nothing is evaluated"):
-            classifier = hub_classifier(source, revision, {*labels, *called.values()}, sd_o.device)
-    if (known := classifier.known) is None:
-        return classifier, called
-    called = {name: label.lower() for name, label in called.items()}
-    for label in called.values():
-        if label not in known:
-            near = ", ".join(sorted(difflib.get_close_matches(label, known, 10, 0.0)))
-            others = " and others; --classifier MODEL:LABEL chooses" if len(known) > 10 else ""
-            raise ValueError(f"the classifier {classifier.name} has no label {label!r}; it knows "
-                             f"{near}{others}")
+            if AutoConfig.from_pretrained(source, revision=revision).model_type == "clip":
+                classifier = ZeroShot(source, sd_o.device, labels, revision)
+            else:
+                classifier = HubClassifier(source, sd_o.device, revision)
+    known = classifier.known
+    called = {name: label if label in known else label.lower() for name, label in called.items()}
+    if unknown := {*called.values()} - known:
+        near = ", ".join(sorted(difflib.get_close_matches(min(unknown), known, 13, 0.0)))
+        raise ValueError(f"the classifier {classifier.name} has no label {min(unknown)!r} "
+                         f"(--classifier MODEL:LABEL names one); nearest, of {len(known)}: {near}")
     return classifier, called
-
-
-def hub_classifier(source, revision, labels, device):
-    from transformers import AutoConfig
-
-    if AutoConfig.from_pretrained(source, revision=revision).model_type == "clip":
-        return ZeroShot(source, device, labels, revision)
-    return HubClassifier(source, device, revision)
 
 
 def frechet_distance(a, b):

@@ -1,6 +1,5 @@
 """--task compare: the rows of a method, with the same prompts, seeds and budgets, in one table."""
 import gc
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,13 +37,11 @@ def compare(method, config):
 
     def run(name):
         gc.collect()  # the model of the row before
-        own, folder = shared._replace(started=time.time()), folders[name]
-        model = own.sd_o if changes[name] is None else None
+        folder, model = folders[name], shared.sd_o if changes[name] is None else None
         runs.open_folder(folder, records[name], config.overwrite)
-        _, figures, pictures = experiment.run(own, rows[name], folder, "erased", model)
-        experiment.write_results(folder, own, rows[name], {name: figures})
+        _, figures, pictures = experiment.run(shared, rows[name], folder, "erased", model)
         report.decorate(save_thumbnails, folder / THUMBNAILS, pictures, config.eval_attacks)
-        runs.close_folder(folder)
+        experiment.write_results(folder, shared, rows[name], {name: figures})
 
     for name in runs.progress(todo, "comparing", leave=False, disable=not todo):
         try:
@@ -58,31 +55,25 @@ def compare(method, config):
 
 
 def wanted_rows(names, chosen):
-    """--methods, by number or name -> names, each once; all where none is chosen."""
-    numbered = {str(i): name for i, name in enumerate(names)}
-    wanted = list(dict.fromkeys(numbered.get(each, each) for each in chosen or names))
-    if unknown := set(wanted) - set(names):
-        listed = ", ".join(f"{i} {name}" for i, name in numbered.items())
-        raise ValueError(f"--methods {min(unknown)}: there are {listed}")
-    return wanted
+    """--methods -> names; all where none is chosen."""
+    if unknown := {*chosen} - {*names}:
+        raise ValueError(f"--methods {min(unknown)!r}: choose from {', '.join(map(repr, names))}")
+    return chosen or names
 
 
 # --- the table
 
 def pooled(results):
     """Figures of several seeds -> one: rates over all prompts of all seeds, means of the rest."""
-    def pool(cells):
-        if not isinstance(cells[0], dict):
-            return sum(cells) / len(cells)
-        n = sum(cell["n"] for cell in cells)
-        return rate_of(sum(round(cell["rate"] * cell["n"]) for cell in cells), n)
-
     figures = {}
-    for result in results:
-        for key, figure in result.items():
-            if key != "details" and figure is not None:
-                figures.setdefault(key, []).append(figure)
-    return {key: pool(cells) for key, cells in figures.items()}
+    for key in {key for result in results for key in result} - {"details"}:
+        cells = [result[key] for result in results if result.get(key) is not None]
+        if cells and isinstance(cells[0], dict):
+            n = sum(cell["n"] for cell in cells)
+            figures[key] = rate_of(sum(round(cell["rate"] * cell["n"]) for cell in cells), n)
+        elif cells:
+            figures[key] = sum(cells) / len(cells)
+    return figures
 
 
 def read_runs(out, records):
@@ -102,13 +93,13 @@ def read_runs(out, records):
 def write_comparison(out, records, shared, config):
     """Write table.csv and compare.png to OUT, and print the table."""
     found, attacks = read_runs(out, records), shared.method.attacks
-    about = {name: {"seeds": " ".join(seed.removeprefix("seed-") for seed in seeds),
-                    "commits": " ".join(sorted({run["commit"] for run in seeds.values()}))}
-             for name, seeds in found.items()}
-    found = {name: {seed: run["results"][name] for seed, run in seeds.items()}
-             for name, seeds in found.items()}
-    figures = {name: pooled(list(seeds.values())) for name, seeds in found.items()}
-    report.write_table(out / "table.csv", figures, attacks, about)
+    figures = {}
+    for name, seeds in found.items():
+        commits = " ".join(sorted({run["commit"] for run in seeds.values()}))
+        found[name] = {seed: run["results"][name] for seed, run in seeds.items()}
+        figures[name] = {**pooled(found[name].values()), "commits": commits,
+                         "seeds": " ".join(seed.removeprefix("seed-") for seed in seeds)}
+    report.write_table(out / "table.csv", figures, attacks)
     report.decorate(plot_comparison, out / "compare.png", found, shared.evaluation_set, config)
     n, steps = len(shared.evaluation_set.rows), config.eval_attack_steps
     print(f"{config.concept}, {config.model}: {n} prompts a seed, attacks of {steps} steps\n"
@@ -122,11 +113,9 @@ def save_thumbnails(path, pictures, attacks, largest=128):
     """What compare.png may show: the concept's pictures, plain and attacked, and three others."""
     kept = {"rows": pictures["rows"], "utility": pictures["utility"][:3],
             **{kind: pictures[kind] for kind in attacks[:1]}}
-    scale = min(1, largest / pictures["rows"].shape[-1])
-    kept = {part: F.interpolate(drawn, scale_factor=scale, mode="area") if scale < 1 else drawn
-            for part, drawn in kept.items()}
-    kept = {part: (255 * drawn).round().to(torch.uint8).cpu() for part, drawn in kept.items()}
-    save_file(kept, path)
+    size = min(largest, pictures["rows"].shape[-1])
+    kept = {part: F.interpolate(drawn, size, mode="area") for part, drawn in kept.items()}
+    save_file({part: (255 * drawn).round().byte().cpu() for part, drawn in kept.items()}, path)
 
 
 def shown_prompts(found, seed, attack, n=3):
@@ -145,16 +134,15 @@ def shown_prompts(found, seed, attack, n=3):
 def plot_comparison(path, found, evaluation_set, config):
     """compare.png: a line a row; the concept's prompts plain and attacked, then other things."""
     seed, attack = f"seed-{config.seed}", next(iter(config.eval_attacks), None)
+    parts = {"rows": "", attack: "attacked: "} if attack else {"rows": ""}
     shown = [i for i in shown_prompts(found, seed, attack) if i < len(evaluation_set.rows)]
     lines = {}
     for name in found:
         kept = path.parent / slug(name) / seed / THUMBNAILS
         if kept.is_file():
             drawn = {part: pictures.float() / 255 for part, pictures in load_file(kept).items()}
-            attacked = [*drawn[attack][shown]] if attack else []
-            lines[name] = [*drawn["rows"][shown], *attacked, *drawn["utility"]]
+            lines[name] = torch.cat([drawn[part][shown] for part in parts] + [drawn["utility"]])
     if lines:
-        prompts = [evaluation_set.rows[i].prompt for i in shown]
-        attacked = [f"attacked: {prompt}" for prompt in prompts] if attack else []
+        prompts = [front + evaluation_set.rows[i].prompt for front in parts.values() for i in shown]
         others = [row.prompt for row in evaluation_set.utility[:3]]
-        report.plot_grid(path, [*prompts, *attacked, *others], lines)
+        report.plot_grid(path, [*prompts, *others], lines)

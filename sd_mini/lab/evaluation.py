@@ -59,8 +59,7 @@ def load_evaluation_set(sd_o, concepts, config, room=0):
     classifier, called = classifiers.load_classifier(spec, names, labels - {*names}, sd_o)
     parts = {name: [row._replace(label=called.get(row.label, row.label)) for row in part]
              for name, part in parts.items()}
-    known, labels = classifier.known, {row.label for part in parts.values() for row in part}
-    if unknown := set() if known is None else labels - known:
+    if unknown := {row.label for part in parts.values() for row in part} - classifier.known:
         print(f"not counted, since the classifier has no such label: {', '.join(sorted(unknown))}")
     parts = {name: [row for row in part if name == "utility" or row.label not in unknown]
              for name, part in parts.items()}
@@ -205,8 +204,7 @@ def score(evaluation_set, drawn):
             {"prompt": row.prompt, "seed": row.seed, "label": row.label, "shown": flag}
             for row, flag in zip(rows, shown(evaluation_set.classifier, pictures, rows))]
         name = {"rows": "pre_attack_asr", "paraphrases": "paraphrase_asr"}.get(part, part)
-        flags = [d["shown"] for d in details[part] if known is None or d["label"] in known]
-        figures[name] = rate(flags)
+        figures[name] = rate([d["shown"] for d in details[part] if d["label"] in known])
     if hasattr(evaluation_set.classifier, "rest"):  # the toy's knows ruined pictures
         erased = [row.label for row in evaluation_set.rows]
         clean, kept = evaluation_set.classifier.rest(

@@ -1,13 +1,13 @@
 """One run, from its settings to its results."""
 import hashlib
 import json
-import platform
+import shutil
 import time
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from typing import NamedTuple
 
 import torch
+import transformers
 
 import sd_mini
 
@@ -17,6 +17,7 @@ from . import report
 from .evaluation import PARTS as EVALUATED
 from .evaluation import EvaluationSet, draw_all, evaluate, load_evaluation_set
 from .prompts import Concept, read_concepts, training_prompts
+from .runs import CHECKPOINT
 from .settings import Method
 
 
@@ -28,7 +29,6 @@ class Experiment(NamedTuple):
     concepts: list[Concept]
     evaluation_set: EvaluationSet | None  # None: erase and do not evaluate
     inputs: dict  # fingerprints of what was read: {name: hash}
-    started: float
     scored: object = None  # the model that --task evaluate scores
 
 
@@ -61,7 +61,7 @@ def with_text_encoder(sd, config):
 
 def open_experiment(method, config):
     """Load what all runs share. What would go wrong after hours goes wrong here: ValueError."""
-    started, concepts = time.time(), read_concepts(config.concept)
+    concepts = read_concepts(config.concept)
     training_prompts(concepts, config)  # a mistake in their file is said before the model is loaded
     sd_o, evaluation_set = load_model(config), None
     erase, retain, _ = training_prompts(concepts, config, sd_o)
@@ -71,7 +71,7 @@ def open_experiment(method, config):
     method.check(sd_o, erase, retain, config)
     scored = with_text_encoder(sd_o, config) if config.text_encoder else None
     inputs = fingerprints(sd_o, evaluation_set, scored)
-    return Experiment(method, sd_o, concepts, evaluation_set, inputs, started, scored)
+    return Experiment(method, sd_o, concepts, evaluation_set, inputs, scored)
 
 
 def with_pictures(experiment, config):
@@ -110,57 +110,41 @@ def record(experiment, config):
             "inputs": {**experiment.inputs, "prompts to erase and retain": prompts}}
 
 
-def train(experiment, config, folder=None):
-    """Train as the method says -> (erased model, history of losses)."""
-    sd_o = experiment.sd_o
-    erase, retain, notes = training_prompts(experiment.concepts, config, sd_o)
-    for note in notes:
-        print(note)
-    sd, history = experiment.method.train(sd_o, erase, retain, config, folder)
-    for part in trained_parts(sd, sd_o):
-        getattr(sd, part).requires_grad_(False).zero_grad()  # which would hold memory
-    return sd, history
-
-
-def trained_parts(sd, sd_o):
-    """Names of the networks that are not the original's."""
-    return [part for part in PARTS if getattr(sd, part) is not getattr(sd_o, part)]
-
-
 def run(experiment, config, out, name, sd=None):
     """Train a model (or take the one given), evaluate it, and save weights and losses in `out`.
 
     -> (model, figures, pictures). What a stopped run needs is kept in OUT/partial/NAME.
     """
-    began, history = time.time(), None
     folder, sd_o = out / "partial" / name, experiment.sd_o
-    resumed = any(folder.glob("checkpoint-*"))
+    figures, pictures, minutes = {}, {}, {}
     if sd is None:
-        sd, history = train(experiment, config, folder)
-        for part in trained_parts(sd, sd_o):
-            sd_mini.save_part(getattr(sd, part), out / part, part)
+        began, resumed = time.time(), (folder / CHECKPOINT).is_file()
+        erase, retain, notes = training_prompts(experiment.concepts, config, sd_o)
+        for note in notes:
+            print(note)
+        sd, history = experiment.method.train(sd_o, erase, retain, config, folder)
+        for part in PARTS:
+            if (network := getattr(sd, part)) is not getattr(sd_o, part):
+                network.requires_grad_(False).zero_grad()  # gradients would hold memory
+                sd_mini.save_part(network, out / part, part)
         report.decorate(report.plot_losses, out / "losses.png", history)
-    figures, pictures, evaluation_set = {}, {}, experiment.evaluation_set
-    minutes = (time.time() - began) / 60
-    if evaluation_set:
+        if not resumed:  # nobody measured the beginning of a run that goes on
+            minutes = {"minutes": (time.time() - began) / 60}
+    if evaluation_set := experiment.evaluation_set:
         drawn = evaluation_set.original if sd is sd_o else draw_all(sd, evaluation_set, config)
         attacks = experiment.method.attacks
         figures, attacked = evaluate(sd, attacks, evaluation_set, drawn, config, folder)
         pictures = {**drawn, **attacked}
-    if history and not resumed:  # nobody measured the beginning of a run that goes on
-        figures["minutes"] = minutes
-    return sd, figures, pictures
+    return sd, {**figures, **minutes}, pictures
 
 
 def write_results(out, experiment, config, results):
-    """results.json: the figures, and all that it takes to get them again."""
+    """results.json: the figures, and all that it takes to get them again. The run is finished."""
     by = experiment.evaluation_set
     classifier = by and {"name": by.classifier.name, "rule": by.classifier.rule}
     clip = by and by.clip_score and by.clip_score.name
     write_json(out / "results.json", {
         "complete": True, **record(experiment, config), "results": results,
         "classifier": classifier, "clip_score_by": clip, "commit": report.commit(),
-        "seconds": round(time.time() - experiment.started, 1),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "transformers": version("transformers")},
-    })
+        "torch": torch.__version__, "transformers": transformers.__version__})
+    shutil.rmtree(out / "partial")

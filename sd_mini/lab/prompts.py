@@ -46,28 +46,11 @@ def slug(name):
 
 # --- CSV files
 
-class Record(NamedTuple):
-    """A row of a CSV file."""
-
-    where: str  # "FILE, line N"
-    cells: dict[str, str]  # by column
-
-    def text(self, what):
-        """What stands in the column of that name, or of that kind; "" where there is none."""
-        cells = (self.cells.get(name, "").strip() for name in COLUMNS.get(what, (what,)))
-        return next(filter(None, cells), "")
-
-    @property
-    def prompt(self):
-        if not (prompt := self.text("prompt")):
-            raise ValueError(f"{self.where}: its prompt is blank")
-        return prompt
-
-
 def read_csv(path, column="prompt"):
-    """The rows of a CSV file that has this column, one by one, as Records.
+    """The rows of a CSV file that has this column, one by one: {column: text}.
 
-    Nothing is looked at behind the last row that is asked for. ValueError for what is no CSV.
+    A column goes by the first of its names; "where" is "FILE, line N". Nothing is looked at behind
+    the last row that is asked for. ValueError for what is no CSV, or blank in this column.
     """
     where = path
     try:
@@ -81,7 +64,12 @@ def read_csv(path, column="prompt"):
                 if len(cells) != len(names):
                     raise ValueError(f"{where}: fields: {len(cells)}, in the header: {len(names)}; "
                                      "a text with a comma in it needs quotes")
-                yield Record(where, dict(zip(names, cells)))
+                cells = dict(zip(names, map(str.strip, cells)))
+                for name, others in COLUMNS.items():
+                    cells[name] = next(filter(None, map(cells.get, others)), "")
+                if not cells[column]:
+                    raise ValueError(f"{where}: its {column} is blank")
+                yield {**cells, "where": where}
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except (csv.Error, UnicodeDecodeError) as error:
@@ -95,28 +83,25 @@ def read_rows(path, label=None, **wanted):
 
     Of a suite only the rows whose columns are as wanted: `role="style"`.
     """
-    for record in read_csv(path):
-        if all(record.text(column) == value for column, value in wanted.items()):
-            yield row_of(record, label)
-
-
-def row_of(record, label):
-    label = record.text("label") or label
-    seed, guidance = record.text("seed") or "0", record.text("guidance") or "7.5"
-    if not label:
-        raise ValueError(f"{record.where}: no label, which it needs: there are several concepts")
-    if not re.fullmatch(r"\d{1,18}(\.0*)?", seed):  # pandas writes a whole number with .0
-        raise ValueError(f"{record.where}: seed {seed!r}: must be a whole number from 0 on")
-    if not re.fullmatch(r"\d+(\.\d*)?", guidance):
-        raise ValueError(f"{record.where}: guidance {guidance!r}: must be a number from 0 on")
-    return Row(record.prompt, int(seed.partition(".")[0]), float(guidance), label)
+    for cells in read_csv(path):
+        if any(cells[column] != value for column, value in wanted.items()):
+            continue
+        where, own = cells["where"], cells.get("label") or label
+        seed, guidance = cells["seed"] or "0", cells["guidance"] or "7.5"
+        if not own:
+            raise ValueError(f"{where}: no label, which it needs: there are several concepts")
+        if not re.fullmatch(r"\d{1,18}(\.0*)?", seed):  # pandas writes a whole number with .0
+            raise ValueError(f"{where}: seed {seed!r}: must be a whole number from 0 on")
+        if not re.fullmatch(r"\d+(\.\d*)?", guidance):
+            raise ValueError(f"{where}: guidance {guidance!r}: must be a number from 0 on")
+        yield Row(cells["prompt"], int(seed.partition(".")[0]), float(guidance), own)
 
 
 # --- concepts
 
 def read_concepts(names):
     """"church,parachute" -> the concepts, each once."""
-    known = {folded(record.text("concept")): record for record in read_csv(CONCEPTS, "concept")}
+    known = {folded(cells["concept"]): cells for cells in read_csv(CONCEPTS, "concept")}
     wanted = {folded(name): name.strip().lower() for name in names.split(",") if name.strip()}
     if not wanted:
         raise ValueError(f"--concept {names!r}: names nothing")
@@ -124,17 +109,18 @@ def read_concepts(names):
             for key, name in wanted.items()]
 
 
-def concept_of(record):
+def concept_of(cells):
     """A row of prompts/concepts.csv."""
-    if unknown := record.cells.keys() - {"concept", *Concept._fields}:
-        raise ValueError(f"{record.where}: column {min(unknown)!r}: settings are flags")
-    kind = record.text("kind").lower() or "object"
+    if unknown := cells.keys() - {"where", "concept", *COLUMNS, *Concept._fields}:
+        raise ValueError(f"{cells['where']}: column {min(unknown)!r}: settings are flags")
+    kind = cells.get("kind", "").lower() or "object"
     if kind not in ("object", "style"):
-        raise ValueError(f"{record.where}: kind {kind!r}: choose from object, style")
-    synonyms, not_retained = (tuple(filter(None, map(str.strip, record.text(column).split("|"))))
-                              for column in ("synonyms", "not_retained"))
-    return Concept(record.text("concept").lower(), kind, synonyms,
-                   record.text("classifier") or Concept("").classifier, not_retained)
+        raise ValueError(f"{cells['where']}: kind {kind!r}: choose from object, style")
+    synonyms, not_retained = (
+        tuple(filter(None, map(str.strip, cells.get(column, "").split("|"))))
+        for column in ("synonyms", "not_retained"))
+    return Concept(cells["concept"].lower(), kind, synonyms,
+                   cells.get("classifier") or Concept("").classifier, not_retained)
 
 
 # --- prompts of a run
@@ -144,8 +130,8 @@ def evaluation_rows(concept, config):
     path = PROMPTS / f"{slug(concept.name)}.csv"
     if path.is_file():
         return read_rows(path, concept.name)
-    templates = [record.prompt for record in read_csv(PROMPTS / "templates.csv")
-                 if record.text("kind") == concept.kind]
+    templates = [cells["prompt"] for cells in read_csv(PROMPTS / "templates.csv")
+                 if cells["kind"] == concept.kind]
     return (Row(templates[i % len(templates)].format(concept.name), 5000 + i, 7.5, concept.name)
             for i in range(config.eval_prompts))
 
@@ -168,12 +154,12 @@ def that_fit(sd, rows, k, what, n=None):
             break
     if not long:
         return kept, []
-    why = (f"more than {room} tokens ({sd.context_length} that the model reads, less a prefix of "
-           f"{k}); the first, {long[0]}")
+    note = (f"{what}: {len(long)} of {len(long) + len(kept)} prompts are left out: they take more "
+            f"than {room} tokens ({sd.context_length} that the model reads, less a prefix of {k}); "
+            f"the first, {long[0]}")
     if not kept:
-        raise ValueError(f"{what}: every prompt takes {why}")
-    count = f"{len(long)} of {len(long) + len(kept)} prompts"
-    return kept, [f"note: {what}: {count} are left out, since they take {why}"]
+        raise ValueError(note)
+    return kept, [f"note: {note}"]
 
 
 def training_prompts(concepts, config, sd=None):
@@ -183,8 +169,8 @@ def training_prompts(concepts, config, sd=None):
     """
     erase = [concept.name for concept in concepts]
     path = PROMPTS / f"retain_{config.retain_set}.csv"
-    records = read_csv(path if path.is_file() else Path(config.retain_set))
-    retain, notes = [record.prompt for record in records], []
+    rows = read_csv(path if path.is_file() else config.retain_set)
+    retain, notes = [cells["prompt"] for cells in rows], []
     if not config.retain_unfiltered:
         words = [word for c in concepts for word in (*c.words, *c.not_retained)]
         retain, dropped = without_concept(retain, words)

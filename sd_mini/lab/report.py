@@ -1,6 +1,5 @@
 """What a run shows of its results: tables, pictures, the loss plot."""
 import csv
-import re
 import subprocess
 import sys
 import textwrap
@@ -10,7 +9,8 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
 
-COLUMNS = {  # figure -> its title, the same short; TUTORIAL, section 10, says what each counts
+# Figure -> its title; for rates the same short. TUTORIAL, section 10, says what each counts.
+COLUMNS = {
     "pre_attack_asr": ("pre-attack ASR", "pre"),
     "paraphrase_asr": ("ASR, paraphrases", "par"),
     "clean": ("clean", "cln"),
@@ -18,9 +18,11 @@ COLUMNS = {  # figure -> its title, the same short; TUTORIAL, section 10, says w
     "utility": ("utility", "uti"),
     "neighbours": ("neighbours", "nei"),
     "styles": ("styles", "sty"),
-    "clip_score": ("CLIP score", "CLIP"),
-    "frechet": ("Frechet distance", "FD"),
-    "minutes": ("training minutes", "min"),
+    "clip_score": ("CLIP score", ""),
+    "frechet": ("Frechet distance", ""),
+    "minutes": ("training minutes", ""),
+    "seeds": ("seeds", ""),
+    "commits": ("commits", ""),
 }
 
 
@@ -35,9 +37,9 @@ def columns(results, attacks):
 # --- tables
 
 def text(figure, interval=True):
-    """A number, a rate in % with its interval or without, or nothing where there is no figure."""
+    """A number, a rate in % with its interval or without, a text, or nothing for None."""
     if not isinstance(figure, dict):
-        return "" if figure is None else f"{figure:.2f}"
+        return f"{figure:.2f}" if isinstance(figure, float) else figure or ""
     rate, low, high = (f"{100 * figure[key]:.0f}" for key in ("rate", "low", "high"))
     return f"{rate} [{low}, {high}]" if interval else rate
 
@@ -55,39 +57,33 @@ def table(results, attacks):
     for key, (title, _) in columns(results.values(), attacks).items():
         found = [result.get(key) for result in results.values()]
         n = found[0]["n"] if isinstance(found[0], dict) else ""
-        if key != "minutes":
-            rows.append([title, *map(text, found), n])
+        rows.append([title, *map(text, found), n])
     return aligned(rows, 24, *[20] * len(results), 6) + ruined(results)
 
 
 def ruined(results):
     """A line for each model that draws too few pictures in place of the concept."""
     shares = {name: result.get("clean") for name, result in results.items()}
-    return "".join(f"\n{name}: {text(share, interval=False)} % clean; the rest is ruined, not erased"
+    return "".join(f"\n{name}: {text(share, False)} % clean; the rest is ruined, not erased"
                    for name, share in shares.items() if share and share["rate"] < 0.8)
 
 
 def rates_table(figures, attacks):
     """{row: figures} -> the rates, without their intervals, in 80 columns."""
-    keys = {key: short for key, (_, short) in columns(figures.values(), attacks).items()
-            if key not in ("minutes", "clip_score", "frechet")}
+    keys = {key: short for key, (_, short) in columns(figures.values(), attacks).items() if short}
     rows = [[name, *(text(figure.get(key), interval=False) for key in keys)]
             for name, figure in figures.items()]
     return aligned([["%", *keys.values()], *rows], 30, *[4] * len(keys)) + ruined(figures)
 
 
-def write_table(path, figures, attacks, about):
-    """table.csv: a line a row, rates in % with their 95 % Wilson interval.
-
-    about: {row: {title: what else is said of it}}.
-    """
+def write_table(path, figures, attacks):
+    """table.csv: a line a row, rates in % with their 95 % Wilson interval."""
     used = columns(figures.values(), attacks)
     with open(path, "w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
+        table.writerow(["method", *(title for title, _ in used.values())])
         for name, figure in figures.items():
-            if file.tell() == 0:
-                table.writerow(["method", *(title for title, _ in used.values()), *about[name]])
-            table.writerow([name, *(text(figure.get(key)) for key in used), *about[name].values()])
+            table.writerow([name, *(text(figure.get(key)) for key in used)])
 
 
 def commit():
@@ -110,11 +106,6 @@ def decorate(write, path, *arguments):
 
 # --- pictures
 
-def picture_array(picture):
-    """(3, H, W) in [0, 1] -> (H, W, 3) for matplotlib."""
-    return picture.permute(1, 2, 0).cpu().numpy()
-
-
 def plot_grid(path, prompts, lines):
     """Prompts above columns; lines: {title: pictures (3, H, W), or None for a blank}."""
     columns, rows = len(prompts), len(lines)
@@ -126,17 +117,16 @@ def plot_grid(path, prompts, lines):
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if picture is not None:
-                axis.imshow(picture_array(picture), interpolation="nearest")
+                axis.imshow(picture.permute(1, 2, 0).cpu().numpy(), interpolation="nearest")
         line[0].set_ylabel(textwrap.fill(title, 14), fontsize=8, parse_math=False)
     for axis, prompt in zip(axes[0], prompts):
         axis.set_title(textwrap.fill(prompt, 18), fontsize=7, parse_math=False)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 
 
-def plot_samples(path, evaluation_set, pictures, attacks, concept_columns=6, other_columns=4):
+def plot_samples(path, evaluation_set, pictures, attacks):
     """samples.png: the same prompts and seeds in all lines; the concept's left, others right."""
-    rows = evaluation_set.rows[:concept_columns]
-    utility = evaluation_set.utility[:other_columns]
+    rows, utility = evaluation_set.rows[:6], evaluation_set.utility[:4]
     lines = {name: [*drawn["rows"][: len(rows)], *drawn["utility"][: len(utility)]]
              for name, drawn in pictures.items()}
     for kind in attacks:
@@ -144,15 +134,12 @@ def plot_samples(path, evaluation_set, pictures, attacks, concept_columns=6, oth
     plot_grid(path, [row.prompt for row in (*rows, *utility)], lines)
 
 
-def save_images(folder, evaluation_set, pictures):
-    """Every picture as PART/NUMBER_seed-SEED_PROMPT.png, for FID by another tool."""
+def save_images(folder, pictures):
+    """Every picture as PART/NUMBER.png, in the order of results.json, for FID by another tool."""
     for part, drawn in pictures.items():
         (folder / part).mkdir(parents=True, exist_ok=True)
-        rows = getattr(evaluation_set, part, evaluation_set.rows)
-        for i, (row, picture) in enumerate(zip(rows, drawn)):
-            words = re.sub(r"[^A-Za-z0-9]+", "-", row.prompt)[:60].strip("-")
-            path = folder / part / f"{i:04}_seed-{row.seed}_{words}.png"
-            matplotlib.image.imsave(path, picture_array(picture))
+        for i, picture in enumerate(drawn.permute(0, 2, 3, 1).cpu().numpy()):
+            matplotlib.image.imsave(folder / part / f"{i:04}.png", picture)
 
 
 def plot_losses(path, history):

@@ -1,4 +1,5 @@
 """What a run keeps: training that goes on where it stopped, answers, and its folder."""
+import io
 import json
 import math
 import os
@@ -32,15 +33,12 @@ def read_tensors(path):
         return tensors, json.loads(file.metadata()["json"])
 
 
-class Lines:
+class Lines(io.StringIO):
     """A file for tqdm, which makes lines of what would move about in a terminal."""
 
     def write(self, text):
         if text := text.replace("\x1b[A", "").strip():
             print(text, file=sys.stderr, flush=True)
-
-    def flush(self):
-        pass
 
 
 def progress(items, what, **settings):
@@ -51,6 +49,9 @@ def progress(items, what, **settings):
 
 
 # --- a training loop
+
+CHECKPOINT = "checkpoint.safetensors"
+
 
 @contextmanager
 def resumable(folder, steps, theta, optimizer, generator, save_every=100):
@@ -66,9 +67,11 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
     the end of the iteration, which is then written too. A loss that is not finite raises
     ArithmeticError.
     """
-    history = restore(folder, theta, optimizer, generator) if folder else []
+    path = folder and Path(folder) / CHECKPOINT
+    history = restore(path, theta, optimizer, generator) if path and path.is_file() else []
+    stop, handlers = threading.Event(), {}
 
-    def iterations(stop):
+    def iterations():
         bar = progress(range(len(history), steps), "training", total=steps, initial=len(history))
         for i in bar:
             yield i
@@ -78,13 +81,19 @@ def resumable(folder, steps, theta, optimizer, generator, save_every=100):
                                       "with a smaller learning rate")
             bar.set_postfix({name: f"{loss:.3g}" for name, loss in losses.items()}, refresh=False)
             due = len(history) % save_every == 0 or len(history) == steps or stop.is_set()
-            if folder and due:
-                save(folder, history, theta, optimizer, generator)
+            if path and due:
+                save(path, history, theta, optimizer, generator)
             if stop.is_set():
                 raise KeyboardInterrupt
 
-    with signals_caught(folder is not None) as stop:
-        yield iterations(stop), history
+    if path and threading.current_thread() is threading.main_thread():  # others catch no signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, lambda *_: stop.set())
+    try:
+        yield iterations(), history
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def present(losses):
@@ -92,42 +101,20 @@ def present(losses):
     return {name: loss for name, loss in losses.items() if loss is not None}
 
 
-@contextmanager
-def signals_caught(wanted):
-    """-> an Event, set by SIGINT or SIGTERM. Only the main thread can catch signals."""
-    stop, before = threading.Event(), {}
-    if wanted and threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def checkpoints(folder):
-    return sorted(Path(folder).glob("checkpoint-*.safetensors"))
-
-
-def save(folder, history, theta, optimizer, generator):
-    """Write a checkpoint; the last two are kept."""
+def save(path, history, theta, optimizer, generator):
+    """Write a checkpoint in place of the last one."""
     tensors = {f"parameter.{i}": p for i, p in enumerate(theta)}
     tensors["generator"] = generator.get_state()
     for i, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
             tensors[f"optimizer.{i}.{key}"] = torch.as_tensor(value)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_tensors(Path(folder) / f"checkpoint-{len(history):06}.safetensors", tensors, history)
-    for old in checkpoints(folder)[:-2]:
-        old.unlink()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, tensors, history)
 
 
-def restore(folder, theta, optimizer, generator):
-    """Put the state of the last checkpoint back -> its history."""
-    if not checkpoints(folder):
-        return []
-    tensors, history = read_tensors(checkpoints(folder)[-1])
+def restore(path, theta, optimizer, generator):
+    """Put the state of a checkpoint back -> its history."""
+    tensors, history = read_tensors(path)
     with torch.no_grad():
         for i, p in enumerate(theta):
             p.copy_(tensors[f"parameter.{i}"])
@@ -151,13 +138,12 @@ def cached(path, compute, device="cpu"):
     return value, tensors["tensor"].to(device)
 
 
-def placed(tensors, device):
-    """The tensors on the device, or as they are where half of a GPU's free memory is too small."""
-    tensors, device = list(tensors), torch.device(device)
-    size = sum(tensor.nbytes for tensor in tensors)
-    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
-        return tensors
-    return [tensor.to(device) for tensor in tensors]
+def placed(tensor, device):
+    """The tensor on the device, or as it is where half of a GPU's free memory is too small."""
+    device = torch.device(device)
+    if device.type == "cuda" and tensor.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
+        return tensor
+    return tensor.to(device)
 
 
 def read(**losses):
@@ -167,15 +153,13 @@ def read(**losses):
 
 
 def check_memory(what, size, flag):
-    """Say that `what` is large; ValueError where half of the machine's memory cannot hold it."""
+    """ValueError where half of the machine's memory cannot hold `what`, of `size` bytes."""
     memory = math.inf
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory / 2:
         raise ValueError(f"{what} would take {size / 1e9:.1f} GB, more than half of this machine's "
                          f"{memory / 1e9:.0f} GB: fewer prompts, or a smaller {flag}, take less")
-    if size > 1e9:
-        print(f"{what} takes {size / 1e9:.1f} GB of memory")
 
 
 # --- the folder of a run: OUT/partial until all is written; OUT/results.json has the figures
@@ -190,7 +174,7 @@ def differences(old, new):
 
     A record is {"config": ..., "inputs": ...}. Inputs are compared if `new` has them.
     """
-    was, now = old["config"], json.loads(json.dumps(new["config"]))
+    was, now = old.get("config", {}), json.loads(json.dumps(new["config"]))
     changes = [f"{key} {was.get(key)} -> {now.get(key)}" for key in sorted(was.keys() | now.keys())
                if key not in NO_EFFECT and was.get(key) != now.get(key)]
     inputs = old.get("inputs", {})
@@ -213,18 +197,15 @@ def is_finished(out, record, resume=False, overwrite=False):
     path = run_record(out)
     if path is None and out.is_dir() and {e.name for e in out.iterdir()} - {"partial", ".lock"}:
         raise ValueError(f"{out}: holds files and no run; --out takes another folder")
-    finished = (out / "results.json").is_file() and not (out / "partial").is_dir()
     if path and not overwrite:
         if not resume:
             raise ValueError(f"{out}: holds a run: --resume goes on with it, --overwrite starts "
                              "anew, --out takes another folder")
-        old = read_json(path)
-        if "config" not in old:
-            raise ValueError(f"{path}: is no run's; --out takes another folder")
-        if changes := differences(old, record):
+        if changes := differences(read_json(path), record):
             raise ValueError(f"{out}: was run with {'; '.join(changes)}: --resume cannot go on, "
                              "--overwrite starts anew")
     check_writable(out)
+    finished = (out / "results.json").is_file() and not (out / "partial").is_dir()
     return finished and not overwrite
 
 
@@ -265,8 +246,3 @@ def open_folder(out, record, overwrite=False):
             (out / name).unlink(missing_ok=True)
     (out / "partial").mkdir(parents=True, exist_ok=True)
     write_json(out / "partial/config.json", record)
-
-
-def close_folder(out):
-    """Delete what only a stopped run needs: the run is finished."""
-    shutil.rmtree(out / "partial")

@@ -6,14 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple, get_args, get_type_hints
 
-GROUPS = {  # of --help: title -> purpose
-    "first": "what most people need",
-    "method": "what is trained, and how it erases",
-    "attack": "the attack in training",
-    "retain": "what holds the rest of the model where it was",
-    "evaluation": "what is drawn, attacked and counted",
-    "run": "where and how a run computes",
-}
+GROUPS = ("first", "method", "attack", "retain", "evaluation", "run")  # of --help
 
 
 def setting(default, help, choices=None, low=-math.inf, high=math.inf, group="method"):
@@ -34,13 +27,11 @@ class Settings:
     task: str = first("train", "train: erase, then evaluate; evaluate: score --text-encoder; "
                       "compare: the rows of a comparison; sample: draw --prompts",
                       ("train", "evaluate", "compare", "sample"))
-    model: str | None = first(None, "toy, toy-dusk, a diffusers folder, a .safetensors file or a "
-                              "hub id, ID@REVISION (default: CompVis/stable-diffusion-v1-4 with "
-                              "CUDA, toy without)")
-    text_encoder: str | None = first(None, "a folder, or ID@REVISION:SUBFOLDER of the hub "
-                                     "(default: the model's own)")
-    prompts: tuple[str, ...] = first((), "what --task sample draws")
-    methods: tuple[str, ...] = first((), "rows of --task compare, by number or name (default: all)")
+    model: str | None = first(None, "toy, toy-dusk, folder, .safetensors file, or ID@REVISION "
+                              "(default: CompVis/stable-diffusion-v1-4 with CUDA, else toy)")
+    text_encoder: str | None = first(None, "folder or ID@REVISION:SUBFOLDER (default: the model's)")
+    prompts: tuple[str, ...] = first((), "what --task sample draws (default: none)")
+    methods: tuple[str, ...] = first((), "rows of --task compare, by name (default: all)")
     out: str | None = first(None, "folder for what a run leaves (default: runs/CONCEPT or similar)")
     resume: bool = first(False, "go on with the run that was begun in the folder")
     overwrite: bool = first(False, "start anew where the folder holds a run")
@@ -50,13 +41,11 @@ class Settings:
                                    "MODEL@REVISION of the hub, and its name for the concept; none: "
                                    "evaluate nothing (default: the concept's; the toy's own)")
 
-    retain_set: str = retain("coco", "prompts/retain_NAME.csv (coco, imagenet, photos, toy), or a "
-                             "CSV file of your own")
+    retain_set: str = retain("coco", "coco, imagenet, photos, toy, or a CSV file of your own")
     retain_unfiltered: bool = False  # keep the retain prompts that name the concept
 
     eval_attacks: tuple[str, ...] = evaluation((), "attacks in evaluation (default: all)")
-    eval_set: str | None = evaluation(None, "CSV of the prompts to attack (default: "
-                                      "prompts/CONCEPT.csv, or from templates)")
+    eval_set: str | None = evaluation(None, "prompts to attack (default: prompts/CONCEPT.csv)")
     eval_prompts: int = evaluation(50, "prompts of the concept to attack; at most as many of "
                                    "paraphrases, neighbours and styles", low=1)
     eval_utility: int = evaluation(60, "held-out prompts without the concept, for utility", low=2)
@@ -66,23 +55,20 @@ class Settings:
     eval_batch: int = evaluation(5, "prompts attacked, and pictures drawn, at a time", low=1)
     eval_prefix: int = evaluation(3, "k, tokens of the prefix in evaluation", low=1)
     eval_attack_steps: int = evaluation(180, "steps of each attack in evaluation", low=1)
-    eval_looks: int = evaluation(3, "pictures drawn per attacked prompt, evenly over these steps; "
-                                 "the first that shows the concept ends the attack", low=1)
+    eval_looks: int = evaluation(3, "pictures that an attack draws, evenly over its steps", low=1)
     eval_lr: float = evaluation(0.01, "Adam's (AdamW's) rate in these attacks", low=1e-10, high=10)
     clip_score: str | None = evaluation(None, "the CLIP of the score, a folder or hub id; or none "
                                         "(default: openai/clip-vit-base-patch32; the toy's own)")
-    save_images: str | None = evaluation(None, "folder for every picture")
+    save_images: str | None = evaluation(None, "folder for every picture (default: none)")
 
-    tokenizer: str | None = run(None, "folder or hub id with tokenizer and configs for a single "
-                                "file (default: v1.4's)")
+    tokenizer: str | None = run(None, "where a single file's tokenizer is (default: v1.4's)")
     precision: str | None = run(None, "of the networks that are not trained (default: bf16 on a "
                                 "GPU that has it, fp16 on others)", ("fp32", "bf16", "fp16"))
     compile: bool = run(False, "compile the frozen UNet, which takes minutes at first")
     low_memory: bool = run(False, "compute the UNet's activations again in the backward pass")
     save_every: int = run(100, "iterations between checkpoints", low=1)
     save_pipeline: bool = run(False, "write the whole erased model too, as OUT/pipeline")
-    save_single_file: bool = run(False, "write it as one file for web interfaces, "
-                                 "OUT/model.safetensors")
+    save_single_file: bool = run(False, "write it as one file, OUT/model.safetensors")
 
     def check(self, given):
         """ValueError where settings do not go together. given: {setting: value} of the flags."""
@@ -155,34 +141,24 @@ def parse(Config, argv=None):
     """Command line -> {setting: value} of the flags given. A wrong one ends the process."""
     parser = Parser(description="Defaults of the training are as published; the toy has its own.",
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    groups = {name: parser.add_argument_group(name, purpose) for name, purpose in GROUPS.items()}
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
     hints = get_type_hints(Config)
     for f in fields(Config):
         if not f.metadata:
             continue
         group, flag, help = groups[f.metadata["group"]], flag_of(f.name), f.metadata["help"]
-        help += "" if "(default: " in help else f" (default: {shown(f.default)})"
-        if hints[f.name] is bool:
+        help += "" if "(default: " in help else f" (default: {f.default})"
+        kinds = get_args(hints[f.name]) or (hints[f.name],)  # of `float | None`, tuple[str, ...]
+        if bool in kinds:
             group.add_argument(flag, action="store_true", help=help)
         else:
-            kind = plain_type(hints[f.name])
+            kind = next(kind for kind in (int, float, str) if kind in kinds)
             if kind is not str:
                 kind = within(kind, f.metadata["low"], f.metadata["high"])
-            choices, many = f.metadata["choices"], "+" if isinstance(f.default, tuple) else None
-            metavar = None if choices else kind.__name__.upper()
-            group.add_argument(flag, type=kind, nargs=many, help=help, choices=choices,
-                               metavar=metavar)
+            many = "+" if isinstance(f.default, tuple) else None
+            choices = f.metadata["choices"]
+            group.add_argument(flag, type=kind, nargs=many, help=help, choices=choices)
     return vars(parser.parse_args(argv))
-
-
-def plain_type(hint):
-    """`float | None` -> float, `tuple[str, ...]` -> str."""
-    return next(kind for kind in (get_args(hint) or (hint,)) if kind in (int, float, str))
-
-
-def shown(default):
-    text = " ".join(default) if isinstance(default, tuple) else str(default)
-    return {"": "none", "None": "none", "False": "off"}.get(text, text)
 
 
 def within(kind, low, high):
@@ -190,9 +166,6 @@ def within(kind, low, high):
     def number(text):
         value = kind(text)
         if not (low <= value <= high and value < math.inf):
-            raise argparse.ArgumentTypeError(
-                f"{text}: must be between {low} and {high}" if high < math.inf
-                else f"{text}: must be a number, at least {low}")
+            raise argparse.ArgumentTypeError(f"{text}: must be between {low} and {high}")
         return value
-    number.__name__ = kind.__name__  # as argparse calls it
     return number

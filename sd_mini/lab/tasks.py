@@ -3,7 +3,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,8 +25,7 @@ def erase_or_score(method, config):
     out = Path(config.out or Path("runs") / (slug(config.concept) + suffix))
     begun = {"resume": config.resume, "overwrite": config.overwrite}
     for source in (config.text_encoder, config.model):
-        if (config.overwrite and source
-                and Path(source).resolve().is_relative_to(out.resolve())):
+        if config.overwrite and source and Path(source).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"--overwrite: would delete {source}; --out takes another folder")
     if config.save_images:
         runs.check_writable(Path(config.save_images), "--save-images")
@@ -43,37 +41,28 @@ def erase_or_score(method, config):
 
 
 def erase_and_score(out, experiment, config):
-    """The run itself: the original's figures, training, the erased model's figures."""
+    """The run itself: the original's figures, training, the erased model's, and what is left."""
     models, results, pictures = {"erased": experiment.scored}, {}, {}
-    if experiment.evaluation_set:
+    if evaluation_set := experiment.evaluation_set:
         models = {"original": experiment.sd_o, **models}
-        print(f"{len(experiment.evaluation_set.rows)} prompts, attacked in "
-              f"{config.eval_attack_steps} steps, in the original and the erased model")
+        print(f"{len(evaluation_set.rows)} prompts, attacked in {config.eval_attack_steps} steps, "
+              "in the original and the erased model")
     for name, model in models.items():
         sd, results[name], pictures[name] = run(experiment, config, out, name, model)
-    if experiment.evaluation_set:
+    if evaluation_set:
         print(report.table(results, experiment.method.attacks))
-    write_results(out, experiment, config, results)
-    write_outputs(out, experiment, config, sd, pictures)
-
-
-def write_outputs(out, experiment, config, sd, pictures):
-    """What a run leaves besides weights and figures."""
-    evaluation_set = experiment.evaluation_set
+        report.decorate(report.plot_samples, out / "samples.png", evaluation_set, pictures,
+                        config.eval_attacks)
     if config.save_pipeline:
         sd_mini.save_pipeline(sd, out / "pipeline")
     if config.save_single_file:
         sd_mini.save_single_file(sd, out / "model.safetensors")
-    if evaluation_set:
-        report.decorate(report.plot_samples, out / "samples.png", evaluation_set, pictures,
-                        config.eval_attacks)
     for name in pictures if config.save_images else ():
-        report.save_images(Path(config.save_images) / name, evaluation_set, pictures[name])
-    runs.close_folder(out)
-    memory = torch.cuda.max_memory_reserved() / 2**30 if config.device != "cpu" else 0
-    held = f", at most {memory:.1f} GiB on the GPU" if memory else ""
-    names = sorted(path.name for path in out.iterdir() if path.name != ".lock")
-    print(f"{out}: {', '.join(names)}\n{time.time() - experiment.started:.0f} s{held}")
+        report.save_images(Path(config.save_images) / name, pictures[name])
+    write_results(out, experiment, config, results)
+    print(f"{out}: {', '.join(sorted(path.name for path in out.glob('[!.]*')))}")
+    if config.device != "cpu":
+        print(f"at most {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB on the GPU")
 
 
 def sample(method, config):
@@ -102,14 +91,13 @@ def resolve(method, given):
     A setting is taken from the flags, else the toy's, else the concept's, else the defaults.
     """
     given = {name: os.path.expanduser(v) if isinstance(v, str) else v for name, v in given.items()}
-    given = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items()}
     cuda = torch.cuda.is_available()
     model = given.get("model") or ("CompVis/stable-diffusion-v1-4" if cuda else "toy")
     device = check_device(given.get("device") or ("cuda" if cuda else "cpu"))
-    precision = given.get("precision") or default_precision(device)
-    why = f"since there is {'a' if cuda else 'no'} GPU; --model chooses another"
-    why = "as asked" if given.get("model") else why
-    print(f"model: {model}, {why}; on {device} in {precision}")
+    half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    precision = given.get("precision") or ("fp32" if device == "cpu" else half)
+    why = "" if cuda or given.get("model") else ", since there is no GPU; --model chooses another"
+    print(f"model: {model}{why}; on {device} in {precision}")
 
     given |= {"model": model, "device": device, "precision": precision}
     own = {}
@@ -124,7 +112,7 @@ def resolve(method, given):
 
 
 def check_device(device):
-    """The device, or ValueError."""
+    """The device, from now on the one that "cuda" means; or ValueError."""
     numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     there = ["cpu", "cuda", *numbered] if numbered else ["cpu"]
     if device not in there:
@@ -132,12 +120,6 @@ def check_device(device):
     if device in numbered:
         torch.cuda.set_device(device)
     return device
-
-
-def default_precision(device):
-    if device == "cpu":
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def run_task(method, given):
@@ -151,9 +133,7 @@ def run_task(method, given):
         tasks[config.task](method, config)
         return 0
     except KeyboardInterrupt:
-        instead = " instead of --overwrite" if given.get("overwrite") else ""
-        again = f"; the same command with --resume{instead} goes on"
-        status, message = 130, f"stopped{'' if given.get('task') == 'sample' else again}"
+        status, message = 130, "stopped; --resume, without --overwrite, goes on with it"
     except ValueError as error:
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:

@@ -58,7 +58,7 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(drawn, t
     assert run(*flags, method=method) == 0 and len(trained) == 2
     text = (at / "results.json").read_text()  # as if "mine, weak" had been run with 9 steps
     (at / "results.json").write_text(text.replace('"eval_steps": 1,', '"eval_steps": 9,'))
-    assert run(*flags, "--seed", "1", "--methods", "1", "original", "1", method=method) == 0
+    assert run(*flags, "--seed", "1", "--methods", "mine", "original", method=method) == 0
     assert [c.seed for c in trained] == [0, 0, 1] and trained[2].strength == 1.0
     assert f"{at}, run with eval_steps 9 -> 1" in capsys.readouterr().out
     rows = table(out)

@@ -37,7 +37,7 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path):
     out, rng = tmp_path / "killed", random.Random(0)
     for i in range(KILLS):
         process = subprocess.Popen([*command, out], cwd=ROOT, stdout=subprocess.DEVNULL)
-        while process.poll() is None and not any(out.rglob("checkpoint-*.safetensors")):
+        while process.poll() is None and not any(out.rglob(runs.CHECKPOINT)):
             time.sleep(0.05)
         time.sleep(rng.uniform(0, 5) if i else 0)
         process.send_signal([signal.SIGKILL, signal.SIGTERM, signal.SIGINT][i % 3])
@@ -50,7 +50,7 @@ def test_killed_runs_go_on_to_the_same_bytes(tmp_path):
 
 
 def train(folder, stop=None, instead=None):
-    """Nine iterations; `instead` of the loss number `stop` -> (the parameter, history, files)."""
+    """Nine iterations; `instead` of the loss number `stop` -> (the parameter, history, iterations kept)."""
     p, generator = torch.nn.Parameter(torch.zeros(3)), torch.Generator().manual_seed(0)
     adam = torch.optim.Adam([p], lr=0.1)
     loop = resumable(folder, 9, [p], adam, generator, save_every=2)
@@ -61,24 +61,24 @@ def train(folder, stop=None, instead=None):
             loss.backward()
             adam.step()
             history.append({"loss": instead() if i == stop else loss.item(), "later": None})
-    return p.detach(), history, sorted(int(path.stem[-6:]) for path in folder.iterdir())
+    return p.detach(), history, len(runs.read_tensors(folder / runs.CHECKPOINT)[1])
 
 
-def test_checkpoints_keep_two_and_go_on_where_they_were(tmp_path):
+def test_checkpoints_go_on_where_they_were(tmp_path):
     def fail():
         raise InterruptedError
 
     p, history, _ = train(tmp_path / "whole")
-    assert train(tmp_path / "broken", 7, fail)[2] == [4, 6]
+    assert train(tmp_path / "broken", 7, fail)[2] == 6
     again, history_again, kept = train(tmp_path / "broken")
     assert torch.equal(p, again) and history == history_again and len(history) == 9
-    assert kept == [8, 9]
+    assert kept == 9
 
 
 def test_interrupted_training_writes_its_last_iteration(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     _, history, kept = train(tmp_path, 4, lambda: os.kill(os.getpid(), signal.SIGTERM) or 1.0)
-    assert kept == [4, 5] and signal.getsignal(signal.SIGTERM) is before
+    assert kept == 5 and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_not_kept(tmp_path):
@@ -208,20 +208,20 @@ def bad(tmp_path_factory):
 BAD = [  # arguments -> what the line names
     ("--stesp 3", "--stesp"), ("--task trian", "'trian'"), ("--eval-prompts", "--eval-prompts"),
     ("--eval-steps ten", "--eval-steps: "), ("--eval-steps 501", "between 1 and 500"),
-    ("--eval-utility 1", "at least 2"), ("--eval-lr nan", "nan"), ("--seed -1", "--seed: -1"),
+    ("--eval-utility 1", "between 2 and inf"), ("--eval-lr nan", "nan"), ("--seed -1", "--seed: -1"),
     ("--device gpu", "--device gpu: choose from cpu"), ("--resume --overwrite", "--resume --over"),
     ("--task evaluate", "--text-encoder"), ("--task sample", "--prompts"),
     ("--text-encoder {wide}", "--text-encoder: is for --task evaluate and sample"),
     ("--task compare --save-pipeline", "--save-pipeline: is for"),
     ("--task compare --classifier none", "--classifier none: is for --task train"),
-    ("--task compare --methods ESB", "--methods ESB: there are 0 original"),
+    ("--task compare --methods ESB", "--methods 'ESB': choose from 'original'"),
     ("--task evaluate --text-encoder {wide} --out {bad} --overwrite", "would delete"),
     ("--model {model} --out {bad} --overwrite", "would delete"),
     ("--concept=", "--concept"), ("--concept ../x", "'../x'"),
     ("--concept church,tench --eval-set {long.csv}", "long.csv, line 2: no label"),
     ("--eval-set {nowhere.csv}", "nowhere.csv: cannot be read"),
-    ("--retain-set {long.csv} --concept boat", "--retain-set {long.csv}: every prompt"),
-    ("--task sample --prompts صورة_كنيسة_في_الصحراء_صورة_كنيسة", "--prompts: every prompt"),
+    ("--retain-set {long.csv} --concept boat", "--retain-set {long.csv}: 1 of 1 prompts"),
+    ("--task sample --prompts صورة_كنيسة_في_الصحراء_صورة_كنيسة", "--prompts: 1 of 1 prompts"),
     ("--prefix 30", "with 30 more"), ("--layers 5", "--layers 5"),
     ("--model {nowhere}", "nowhere: no such folder"), ("--model {model}", "model.safetensors"),
     ("--task evaluate --text-encoder {wide}", "its hidden_size is 32"),
@@ -258,9 +258,8 @@ def test_what_breaks_off_is_one_line(monkeypatch, capsys, tmp_path, error, named
     assert named in capsys.readouterr().err
 
 
-def test_what_half_of_the_memory_cannot_hold_is_refused(monkeypatch, capsys):
+def test_what_half_of_the_memory_cannot_hold_is_refused(monkeypatch):
     monkeypatch.setattr(runs.os, "sysconf", lambda name: 4e9**0.5)
     runs.check_memory("the bank", 1.9e9, "--trajectory-steps")
-    assert "1.9 GB" in capsys.readouterr().out
     with pytest.raises(ValueError, match="2.1 GB.*--trajectory-steps"):
         runs.check_memory("the bank", 2.1e9, "--trajectory-steps")

@@ -68,8 +68,8 @@ def rows_for(sd, path, room=5, **changes):
 
 
 def test_only_rows_that_are_used_are_read(sd, write):
-    """I2P has an empty prompt in row 2,260; a suite's rows in other roles are not used either."""
-    path = write("role,prompt,seed\nstyle,a church,7\nother,a chapel,8\nother, ,eight\n")
+    """I2P has an empty prompt in row 2,260; of a suite's rows in other roles no seed is read."""
+    path = write("role,prompt,seed\nstyle,a church,7\nother,a chapel,8\nother,a minster,eight\n")
     assert [row.seed for row in rows_for(sd, path, eval_prompts=2)] == [7, 8]
     assert [row.seed for row in read(path, "church", role="style")] == [7]
     with pytest.raises(ValueError, match="line 4"):
@@ -85,7 +85,7 @@ def test_prompts_that_leave_no_room_for_the_prefix_are_left_out_with_a_note(sd, 
     path = write("prompt\na photo of a church\n")
     room = sd.context_length - len(sd.tokenizer("a photo of a church").input_ids)
     assert rows_for(sd, path, room)
-    with pytest.raises(ValueError, match="--eval-set: every prompt"):
+    with pytest.raises(ValueError, match="--eval-set: 1 of 1 prompts"):
         rows_for(sd, path, room + 1)
 
 
@@ -199,7 +199,7 @@ def test_nudity_retains_neither_people_nor_underwear(write):
 def test_the_shipped_retain_sets_lose_what_they_lost():
     for name in ("coco", "imagenet"):  # the published imagenet holds a church, too
         assert dropped("church", name) == ["a photo of a church"]
-        assert len({r.prompt for r in read_csv(PROMPTS / f"retain_{name}.csv")}) == 243
+        assert len({row["prompt"] for row in read_csv(PROMPTS / f"retain_{name}.csv")}) == 243
 
 
 SUITE = """role,concept,prompt,label

@@ -47,10 +47,10 @@ def test_flags_say_how_the_frozen_networks_compute(monkeypatch):
 
 def test_the_bank_is_on_the_gpu_where_it_fits(monkeypatch):
     gpu = torch.device("cuda")
-    columns = [SimpleNamespace(nbytes=100, to=lambda device: device) for _ in range(2)]
-    for free, expected in ((400, [gpu, gpu]), (399, columns)):
+    bank = SimpleNamespace(nbytes=200, to=lambda device: device)
+    for free, expected in ((400, gpu), (399, bank)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 1000))
-        assert runs.placed(iter(columns), gpu) == expected
+        assert runs.placed(bank, gpu) == expected
 
 
 def test_a_toy_in_its_own_folder_is_a_toy_with_its_own_classifier(tmp_path):

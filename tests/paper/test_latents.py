@@ -113,7 +113,7 @@ def test_the_generator_alone_decides_what_is_drawn(tiny, sampled, source):
 
 
 def test_the_bank_is_on_the_unets_device_or_with_low_memory_on_the_cpu(tiny, sampled, calls):
-    seen = calls("placed", instead=lambda columns, device: columns)
+    seen = calls("placed", instead=lambda bank, device: bank)
     gpu = replace(tiny, unet=copy.deepcopy(tiny.unet).to("meta"))
     for low_memory in (False, True):
         au.trajectory_bank(gpu, WORDS, replace(SMALL, low_memory=low_memory))

@@ -147,7 +147,7 @@ def test_a_seed_gives_the_same_bytes_resumed_or_not(tiny, calls, tmp_path):
 
     stopped, other, whole = run(4, "begun"), run(4, seed=1), run(6)
     files = sorted(tmp_path.rglob("*.safetensors"))
-    assert [path.stem[-1] for path in files] == ["3", "4"] and all(map(load_file, files))
+    assert len(files) == 1 and load_file(files[0])
     seen, resumed = calls("erase_loss"), run(6, "begun")
     assert len(seen["erase_loss"]) == 2  # it went on with the fifth iteration
     assert not changed(resumed, whole) and changed(stopped, other)
