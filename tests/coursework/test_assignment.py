@@ -1,8 +1,4 @@
-"""The grader, graded.
-
-Solutions get full marks; blanks fail their own exercise alone; plausible wrong solutions lose
-points in the right one.
-"""
+"""The grader, graded: blanks fail their own exercise alone, wrong solutions lose points in it."""
 import ast
 import copy
 import json
@@ -134,10 +130,7 @@ def homework(tmp_path_factory):
 
 
 def test_the_copy_is_blank_where_it_should_be_and_can_be_written(homework):
-    """A blank function keeps its signature and docstring. No document says what is missing.
-
-    What is not blank is not graded.
-    """
+    """A blank function keeps its docstring; no document says what is missing; no more is graded."""
     graded = (homework / "tests/coursework/test_exercises.py").read_text()
     assert "for number in [2, 4, 9] for" in graded
     assert all(path.stat().st_mode & 0o200 for path in (homework, *homework.rglob("*")))
