@@ -158,8 +158,8 @@ def test_figures_are_those_of_the_results():
     """README: a row each figure of church. The lab: a row each concept and method, in %."""
     results = {}
     for path in (ROOT / "sd_mini/lab/results").glob("*.csv"):
-        with open(path, newline="") as file:
-            results[path.stem] = {row["method"]: row for row in csv.DictReader(file)}
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        results[path.stem] = {row["method"]: row for row in rows}
     [(methods, rows)] = tables(DOCS["README.md"], "church, seed 0, %")
     for title, *cells in rows:
         for method, cell in zip(methods[1:], cells):

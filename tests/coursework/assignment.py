@@ -76,10 +76,7 @@ def functions(tree, prefix=""):
 
 
 def blank(source, name, message):
-    """The source, where one function's body is `raise NotImplementedError(message)` instead.
-
-    Its docstring stays.
-    """
+    """The source, where one function raises NotImplementedError; its docstring stays."""
     node, lines = functions(ast.parse(source))[name], source.splitlines(keepends=True)
     first = node.body[1] if ast.get_docstring(node) else node.body[0]
     indent = " " * first.col_offset
@@ -199,10 +196,7 @@ class Solution:
 
 @contextlib.contextmanager
 def standing_in(number, sd, root=ROOT):
-    """-> Solution, with the functions of exercise `number` in the folder root, a student's.
-
-    All other functions are the solution's.
-    """
+    """-> Solution, with the functions of that exercise from the folder root, a student's."""
     solved = {file: importlib.import_module(name) for name, file in Solved.files.items()}
     modules = {**solved, **{file: load(file, root) for file in EXERCISES[number].functions}}
     with pytest.MonkeyPatch.context() as patch:

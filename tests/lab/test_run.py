@@ -38,14 +38,15 @@ def test_without_a_gpu_it_is_the_toy(monkeypatch, given, gpus, bf16, wanted):
     assert (config.model, config.device, config.precision) == wanted
 
 
-def test_flags_say_how_the_frozen_networks_compute(monkeypatch):
-    compiled, frugal = [], []
+def test_flags_say_how_the_frozen_networks_compute(sd, monkeypatch):
+    compiled, frugal, loaded = [], [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda unet: compiled.append(unet))
     monkeypatch.setattr(sd_mini, "recompute_activations", frugal.append)
-    assert experiment.load_model(SMALL).dtype == torch.float32 and not compiled and not frugal
-    flags = dict(compile=True, low_memory=True, precision="bf16")
-    sd = experiment.load_model(replace(SMALL, **flags))
-    assert compiled == frugal == [sd.unet] and sd.dtype == torch.bfloat16
+    monkeypatch.setattr(sd_mini, "load", lambda *given: loaded.append(given) or sd)
+    assert experiment.load_model(SMALL) is sd and not compiled and not frugal
+    experiment.load_model(replace(SMALL, compile=True, low_memory=True, precision="bf16"))
+    assert compiled == frugal == [sd.unet]
+    assert loaded == [("toy", "cpu", dtype, None) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_the_bank_is_on_the_gpu_where_it_fits(monkeypatch):
