@@ -40,7 +40,7 @@ def test_nudity_from_retain_set_to_rows(tmp_path, capsys):
     esd, part, every, moved = row("esd")
     assert part == "unet" and moved <= {key for key in every if ".attn2." in key} and len(moved) > 9
     ours, part, every, moved = row("advunlearn")
-    assert part == "text_encoder" and moved == {key for key in every if ".embeddings." not in key}
+    assert part == "text_encoder" and moved == {key for key in every if "embeddings." not in key}
     assert (ours["config"]["layers"], ours["config"]["retain_weight"]) == (0, 0.3)
     assert ours["classifier"]["name"].endswith("classifier@local")
     rows = ours["results"]["AdvUnlearn"]["details"]["rows"]
