@@ -13,21 +13,17 @@ from sd_mini.files import read_json
 from sd_mini.lab import compare, report
 
 OUT = Path(__file__).parent / "pictures/concepts.png"
-METHODS, SEED = {"original": "original", "ESD": "esd", "AdvUnlearn": "advunlearn"}, "seed-0"
 
 
 def main(folders):
     lines = {}
     for folder in map(Path, folders):
-        drawn = {name: load_file(folder / slug / SEED / compare.THUMBNAILS)
-                 for name, slug in METHODS.items()}
-        results = read_json(folder / METHODS["ESD"] / SEED / "results.json")["results"]
-        prompts = [each["prompt"] for each in results["ESD"]["details"]["token"]]
-        for i in compare.shown_prompts({"ESD": {SEED: results["ESD"]}}, SEED, "token", 2):
-            cells = [drawn["original"]["rows"][i]]
-            for name in ("ESD", "AdvUnlearn"):
-                cells += [drawn[name]["rows"][i], drawn[name]["token"][i]]
-            lines[prompts[i]] = [cell / 255 for cell in cells]
+        original, esd, ours = (load_file(folder / row / "seed-0" / compare.THUMBNAILS)
+                               for row in ("original", "esd", "advunlearn"))
+        results = read_json(folder / "esd/seed-0/results.json")["results"]["ESD"]
+        for i in compare.shown_prompts({"ESD": {"seed-0": results}}, "seed-0", "token", 2):
+            cells = [original["rows"], esd["rows"], esd["token"], ours["rows"], ours["token"]]
+            lines[results["details"]["rows"][i]["prompt"]] = [cell[i] / 255 for cell in cells]
     report.plot_grid(OUT, ["original", "ESD", "ESD, under attack", "AdvUnlearn",
                            "AdvUnlearn, under attack"], lines)
     print(OUT)

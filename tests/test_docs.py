@@ -11,13 +11,10 @@ import pytest
 
 import advunlearn as au
 import sd_mini
-from sd_mini import files, lab, pipeline, schedule, weights
-from sd_mini.lab import (classifiers, compare, evaluation, experiment, prompts, report, runs,
-                         settings, tasks)
-from sd_mini.toy import classifier, train, world
+from sd_mini.lab import compare, experiment, settings, tasks
 
 from . import bench
-from .coursework import assignment
+from .lab import LAB, OWN, TOY, flags
 
 ROOT = bench.ROOT
 NAMES = ("README.md", "TUTORIAL.md", "sd_mini/README.md", "sd_mini/toy/README.md",
@@ -25,36 +22,19 @@ NAMES = ("README.md", "TUTORIAL.md", "sd_mini/README.md", "sd_mini/toy/README.md
 DOCS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 TEXT = "\n".join(DOCS.values())
 METHOD = list(dict.fromkeys(re.findall(r"python advunlearn\.py -[^`\n]*", TEXT)))
-TOY = {"model": "toy", "device": "cpu", "retain_set": "photos"}  # unless a command names others
-SMALL = {"steps": 2, "eval_prompts": 1, "eval_utility": 2, "eval_steps": 2, "eval_attack_steps": 2,
-         "eval_looks": 1}
-SMALL_METHOD = {**SMALL, "warmup": 1, "erase_batch": 1, "retain_batch": 1, "attack_steps": 1,
-                "trajectories": 1, "trajectory_steps": 1}
-
-
-def parsed(command):
-    """A documented command's flags as settings."""
-    return settings.parse(au.Config, shlex.split(command)[2:])
 
 
 # --- what is run
 
-@pytest.mark.parametrize("command", METHOD)
-def test_commands_of_the_method_parse(command):
-    parsed(command)
-
-
 @pytest.mark.long
 def test_commands_of_the_method_run(tmp_path, monkeypatch):
-    """All that need no download, in the documents' order, in one folder, on a small budget.
-
-    What draws, or leaves what another reads, runs to its end; the others only load.
-    """
+    """Of all that need no download what draws, or leaves what another reads; the others load."""
     monkeypatch.chdir(tmp_path)
     for command in METHOD:
+        given = settings.parse(au.Config, shlex.split(command)[2:])
         if re.search(r"stable-diffusion|--classifier|OPTML", command):
             continue
-        given = {**TOY, **parsed(command), **SMALL_METHOD}
+        given = {**TOY, **given, **LAB, **OWN}
         config = tasks.resolve(au.METHOD, given)
         out = config.out or f"runs/{config.concept}"
         is_read = config.task == "train" and any(f" {out}/" in other for other in METHOD)
@@ -92,14 +72,10 @@ def test_other_commands_run(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_python_blocks_run(tmp_path, monkeypatch, capsys):
-    """... and print what stands below them, up to the last digits.
-
-    One attacks an erased model. Here it is the original. What prints nothing takes two steps.
-    """
+    """... and print what stands below. One attacks an erased model: here it is the original."""
     monkeypatch.chdir(tmp_path)
     sd_mini.save_pipeline(sd_mini.load("toy"), "runs/church-esd/pipeline")
-    flags = [(settings.flag_of(name), str(value)) for name, value in {**TOY, **SMALL}.items()]
-    monkeypatch.setattr(sys, "argv", ["forget.py", *sum(flags, ())])
+    monkeypatch.setattr(sys, "argv", ["forget.py", *flags(steps=2)])
     pattern = r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```)?"
     blocks = re.findall(pattern, TEXT, re.M | re.S)
     for block, printed in blocks:
@@ -136,41 +112,29 @@ def test_pictures_are_there_and_small():
     assert sum((ROOT / path).stat().st_size for path in pictures) <= 1.5e6
 
 
-MODULES = [au, au.Config, sd_mini, sd_mini.StableDiffusion, schedule.Schedule, files, pipeline,
-           weights, lab, lab.Method, classifiers, compare, evaluation, experiment, prompts,
-           report, runs, settings, tasks, classifier, train, world, assignment, bench]
-OTHER_FLAGS = {"--help", "--check", "--exercise", "--grade-seed", "--only", "--score", "--draw",
-               "--index-url"}
-# Words in code type that are no names of ours.
-LITERAL = {"details", "results", "erased", "prompt", "evaluation_seed", "evaluation_guidance",
-           "sd_seed", "sd_guidance_scale", "diffusers", "huggingface_hub", "HF_HOME",
-           "HF_HUB_OFFLINE", "position_ids", "text_model.", "condition_embd", "fast_at",
-           "attack_init", "hardtanh", "imagenet", "coco", "photos", "ID", "samples.png",
-           "losses.png", "results.json", "table.csv", "compare.png", "grade.json",
-           "forget.py", "HANDOUT.md", "kind", "synonyms", "not_retained"}
+CODE = "\n".join(path.read_text(encoding="utf-8") for path in (
+    ROOT / "advunlearn.py", *ROOT.glob("sd_mini/**/*.py"), *ROOT.glob("tests/**/*.py"))
+    if path.name != "test_docs.py")
+FLAGS = {"--" + f.name.replace("_", "-") for f in fields(au.Config) if f.metadata}
+# What is in no code of ours.
+ELSEWHERE = {"HF_HOME", "attack_init", "condition_embd", "hardtanh", "forget.py", "--index-url"}
 
 
 @pytest.mark.parametrize("name", DOCS)
 def test_what_is_named_exists(name):
+    """Files, links, flags, and what is in code type, as a word of the code."""
     here = (ROOT / name).parent
     text = re.sub(r"^```.*?^```", "", DOCS[name], flags=re.M | re.S)
-    options = {f.name for f in fields(au.Config)} | {*au.METHOD.attacks, *au.TRAINED, *bench.ROWS}
-    flags = {"--" + option.replace("_", "-") for option in options} | OTHER_FLAGS
-    assert not set(re.findall(r"(--[a-z][\w-]*)", text)) - flags
-
-    def exists(word):
-        named = any(has_path(module, word) for module in MODULES)
-        is_file = (ROOT / word).exists() or (here / word).exists()
-        return word in LITERAL | options or named or is_file
-
-    assert not {word for word in re.findall(r"`([A-Za-z_][\w.]*)`", text) if not exists(word)}
+    words = {*re.findall(r"`([A-Za-z_][\w.]*)`", text), *re.findall(r"--[a-z][\w-]*", text)}
+    known = {*re.findall(r"--[a-z][\w-]*|[\w.]+", CODE)} | FLAGS | ELSEWHERE
+    assert not {word for word in words - known if not any(
+        (folder / word).exists() for folder in (ROOT, here))}
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     assert all((here / path).exists() for path in links)
 
 
 def test_every_flag_is_in_a_document():
-    flags = {"--" + f.name.replace("_", "-") for f in fields(au.Config) if f.metadata}
-    assert not flags - {*re.findall(r"--[a-z][\w-]*", TEXT)}
+    assert not FLAGS - {*re.findall(r"--[a-z][\w-]*", TEXT)}
 
 
 def test_links_to_sections_lead_somewhere():
@@ -194,8 +158,8 @@ def test_figures_are_those_of_the_results():
     """README: a row each figure of church. The lab: a row each concept and method, in %."""
     results = {}
     for path in (ROOT / "sd_mini/lab/results").glob("*.csv"):
-        with open(path, newline="") as file:
-            results[path.stem] = {row["method"]: row for row in csv.DictReader(file)}
+        rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+        results[path.stem] = {row["method"]: row for row in rows}
     [(methods, rows)] = tables(DOCS["README.md"], "church, seed 0, %")
     for title, *cells in rows:
         for method, cell in zip(methods[1:], cells):
@@ -209,11 +173,3 @@ def test_figures_are_those_of_the_results():
             for column, cell in zip(columns, ", ".join(cells).split(", "), strict=True):
                 figure = next((row[title] for title in row if column in title), "-")
                 assert cell == figure.split(" ")[0], (name, column)
-
-
-def has_path(module, path):
-    for part in path.removeprefix("sd.").split("."):
-        if not hasattr(module, part):
-            return False
-        module = getattr(module, part)
-    return True

@@ -16,10 +16,9 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
-from importlib.machinery import SourceFileLoader
+import zipimport
 from pathlib import Path
 
 import pytest
@@ -32,22 +31,14 @@ SOLUTIONS = Path(__file__).parents[1] / "reference.zip"  # in a student's copy
 COPIED = ("sd_mini", "prompts", "tests/coursework", "tests/pictures", "tests/__init__.py",
           "tests/conftest.py", "advunlearn.py", "requirements.txt", "LICENSE", ".gitignore",
           "README.md", "TUTORIAL.md")
-SCORED = {  # the open exercises: section, title, task, flags of the run that is scored
-    11: (
-        10,
-        "a better attack",
-        "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the "
-        "same number of steps (`--eval-attack-steps`); hand in a sentence on why it does.",
-        ["--attack", "none", "--retain-weight", "0", "--train", "no_cross_attention",
-         "--lr", "1e-4"],
-    ),
-    12: (
-        7,
-        "a better retain set",
-        "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that "
-        "AdvUnlearn keeps more, styles included, and stays as robust.",
-        ["--retain-set", "mine"],
-    ),
+SCORED = {  # the open exercises: section, title, task, settings of the run that is scored
+    11: (10, "a better attack",
+         "Change `token_attack` or `embedding_attack` so that it breaks ESD more often with the "
+         "same number of steps (`--eval-attack-steps`); hand in a sentence on why it does.",
+         dict(attack="none", retain_weight=0.0, train="no_cross_attention", lr=1e-4)),
+    12: (7, "a better retain set",
+         "Write `prompts/retain_mine.csv` (column `prompt`; the concept is filtered out) so that "
+         "AdvUnlearn keeps more, styles included, and stays as robust.", dict(retain_set="mine")),
 }
 SCORES = ("pre_attack_asr", "token_asr", "embedding_asr", "utility", "neighbours", "styles")
 HANDOUT = """\
@@ -85,10 +76,7 @@ def functions(tree, prefix=""):
 
 
 def blank(source, name, message):
-    """The source, where one function's body is `raise NotImplementedError(message)` instead.
-
-    Its docstring stays.
-    """
+    """The source, where one function raises NotImplementedError; its docstring stays."""
     node, lines = functions(ast.parse(source))[name], source.splitlines(keepends=True)
     first = node.body[1] if ast.get_docstring(node) else node.body[0]
     indent = " " * first.col_offset
@@ -96,24 +84,26 @@ def blank(source, name, message):
     return "".join([*lines[: first.lineno - 1], body, *lines[node.end_lineno :]])
 
 
-def make(out, only=()):
-    """Write the student's copy to a new folder."""
+def make(out, numbers=(*EXERCISES,)):
+    """Write the student's copy to a new folder, with these exercises."""
     from sd_mini.files import make_writable
 
-    chosen = {n: exercise for n, exercise in EXERCISES.items() if not only or n in only}
+    chosen = {n: exercise for n, exercise in EXERCISES.items() if n in numbers}
     ignored = shutil.ignore_patterns("__pycache__", "test_assignment.py")  # it has right lines
     for name in COPIED:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, out / name, ignore=ignored)
-            make_writable(out / name)  # the project may be read-only
         else:
-            (out / name).write_bytes((ROOT / name).read_bytes())
+            shutil.copy(ROOT / name, out / name)
+    make_writable(out)  # the project may be read-only
     with zipfile.ZipFile(out / "tests" / SOLUTIONS.name, "w") as solutions:
         for file in FILES:
             solutions.writestr(file, (ROOT / file).read_bytes())
     for name in ("README.md", "TUTORIAL.md"):
         rewrite(out / name, without_answers)
+    graded = out / "tests/coursework/test_exercises.py"
+    rewrite(graded, str.replace, "in EXERCISES", f"in {[*chosen]}")
     for number, exercise in chosen.items():
         for file, name in exercise.places():
             message = (f"Exercise {number}: {exercise.title}, {name}; see TUTORIAL.md, section "
@@ -146,13 +136,14 @@ def handout(chosen):
 
 def score(number):
     """Run an open exercise in this folder, and print the figures that count."""
-    *_, flags = SCORED[number]
+    import advunlearn
+    from sd_mini.lab.tasks import run_task
+
+    *_, settings = SCORED[number]
     out = ROOT / f"runs/exercise-{number}"
-    command = [sys.executable, "advunlearn.py", "--concept", "church", *flags, "--overwrite",
-               "--out", str(out)]
-    if subprocess.run(command, cwd=ROOT).returncode:
-        sys.exit("error: that run failed, see above; the blanks of exercises 1 to 10 must be "
-                 "filled before an open one is scored")
+    settings = {**settings, "model": "toy", "overwrite": True, "out": str(out)}
+    if status := run_task(advunlearn.METHOD, settings):
+        sys.exit(status)
     figures = json.loads((out / "results.json").read_text())["results"]["erased"]
     rates = [f"{name} {100 * figures[name]['rate']:.0f} %" for name in SCORES]
     print(f"Exercise {number}  " + ", ".join(rates))
@@ -160,7 +151,7 @@ def score(number):
 
 # --- grading
 
-class Solved(SourceFileLoader):
+class Solved:
     """In a student's copy `import advunlearn` gives the solution, and so for all of FILES.
 
     The student's own are loaded beside them, for one exercise at a time, by `standing_in`.
@@ -171,12 +162,8 @@ class Solved(SourceFileLoader):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
         if name in cls.files:
-            file = str(ROOT / cls.files[name])
-            return importlib.util.spec_from_file_location(name, file, loader=cls(name, file))
-
-    def get_code(self, name):
-        with zipfile.ZipFile(SOLUTIONS) as solutions:
-            return self.source_to_code(solutions.read(self.files[name]), self.path)
+            folder = (SOLUTIONS / cls.files[name]).parent
+            return zipimport.zipimporter(str(folder)).find_spec(name)
 
 
 def load(file, root):
@@ -209,10 +196,7 @@ class Solution:
 
 @contextlib.contextmanager
 def standing_in(number, sd, root=ROOT):
-    """-> Solution, with the functions of exercise `number` in the folder root, a student's.
-
-    All other functions are the solution's.
-    """
+    """-> Solution, with the functions of that exercise from the folder root, a student's."""
     solved = {file: importlib.import_module(name) for name, file in Solved.files.items()}
     modules = {**solved, **{file: load(file, root) for file in EXERCISES[number].functions}}
     with pytest.MonkeyPatch.context() as patch:
@@ -235,20 +219,24 @@ def main():
 
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=os.path.expanduser, help="folder for the student's copy")
-    parser.add_argument("--only", default="", help="exercises, with commas")
+    parser.add_argument("--only", default=",".join(map(str, EXERCISES)),
+                        help="exercises, with commas")
     parser.add_argument("--score", type=int, choices=list(SCORED), help="run an open exercise")
     args = parser.parse_args()
     if args.score:
-        return score(args.score)
+        try:
+            return score(args.score)
+        except NotImplementedError as blank:
+            parser.error(f"--score {args.score}: to be filled before: {blank}")
     if not args.out:
         parser.error("give --out or --score")
-    out, only = Path(args.out), [number for number in args.only.split(",") if number]
+    out, only = Path(args.out), args.only.split(",")
     if unknown := set(only) - set(map(str, EXERCISES)):
         parser.error(f"--only: there is no exercise {min(unknown)} to be blanked")
     if out.exists():
         parser.error(f"--out {out}: is there already")
     if ROOT in out.resolve().parents:  # pytest would find two of each test
         parser.error(f"--out {out}: is inside the project; choose a folder beside it")
-    make(out, [int(number) for number in only])
+    make(out, [*map(int, only)])
     sys.stdout.reconfigure(errors="backslashreplace")
     print(f"{out}: HANDOUT.md says the rest")

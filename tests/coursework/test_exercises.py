@@ -1,7 +1,4 @@
-"""Grade the exercises: in a student's copy the student's, here the solutions.
-
-The solutions get full marks.
-"""
+"""Grade the exercises: in a student's copy the student's, here the solutions: full marks."""
 import pytest
 
 from .assignment import standing_in

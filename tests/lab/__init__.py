@@ -6,16 +6,21 @@ import advunlearn as au
 from sd_mini.lab import settings, tasks
 
 ROOT = Path(au.__file__).parent
-TOY = ["--model", "toy", "--device", "cpu"]
-LAB = ["--retain-set", "photos", "--eval-prompts", "2", "--eval-utility", "2", "--eval-steps", "1",
-       "--eval-attack-steps", "1", "--eval-looks", "1"]
-FLAGS = ["--steps", "2", "--warmup", "1", "--erase-batch", "1", "--retain-batch", "1",
-         "--attack-steps", "1", "--trajectories", "1", "--trajectory-steps", "1", *LAB]
+TOY = dict(model="toy", device="cpu", retain_set="photos")
+LAB = dict(eval_prompts=2, eval_utility=2, eval_steps=1, eval_attack_steps=1, eval_looks=1)
+OWN = dict(steps=2, warmup=1, erase_batch=1, retain_batch=1, attack_steps=1, trajectories=1,
+           trajectory_steps=1)
+
+
+def flags(**given):
+    """Small settings, and those given, as words of the command line."""
+    pairs = {**TOY, **LAB, **given}.items()
+    return [word for name, value in pairs for word in (settings.flag_of(name), str(value))]
 
 
 def main(*arguments, method=au.METHOD):
     """The command line -> its exit status."""
-    words = [*TOY, *(FLAGS if method is au.METHOD else LAB), *map(str, arguments)]
+    words = [*flags(**OWN if method is au.METHOD else {}), *map(str, arguments)]
     try:
         return tasks.run_task(method, settings.parse(method.config, words))
     except SystemExit as stop:

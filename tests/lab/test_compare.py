@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sd_mini.lab import compare, report, runs
 from sd_mini.lab.evaluation import rate_of
 
-from . import LAB, ROOT, TOY
+from . import ROOT, flags
 from .test_own_method import METHOD, run
 
 COMPARE = ["--task", "compare", "--out"]
@@ -29,16 +29,27 @@ def table(out):
                                 if column != "training minutes"} for row in rows}
 
 
-def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(drawn, tmp_path, capsys):
-    """Twice: nothing is done again. A second seed joins the table; other settings do not."""
+def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
+        drawn, tmp_path, monkeypatch, capsys):
+    """A row that another process is at work on joins the table later. Each names its commit.
+
+    A second seed joins the table, too; other settings do not.
+    """
     trained, out = [], tmp_path / "table"
 
     def train(sd_o, erase, retain, config, folder):
         trained.append(config)
         return METHOD.train(sd_o, erase, retain, config, folder)
 
-    method, flags = METHOD._replace(train=train), [*COMPARE, out]
-    assert run(*flags, method=method) == 0
+    method, words = METHOD._replace(train=train), [*COMPARE, out]
+    monkeypatch.setattr(report, "commit", lambda: f"commit {len(trained)}")
+    with runs.locked(out / "mine+_weak/seed-0"):
+        assert run(*words, method=method) == 0
+    assert "mine, weak: left to the process" in capsys.readouterr().out
+    assert [*table(out)] == ["original", "mine"]
+    assert run(*words, method=method) == 0
+    assert {name: row["commits"] for name, row in table(out).items()} == {
+        "original": "commit 0", "mine": "commit 1", "mine, weak": "commit 2"}
     assert [(c.strength, c.lr, c.seed, c.eval_attacks) for c in trained] == [
         (1.0, 0.02, 0, ("mine", "all")), (0.1, 0.001, 0, ("mine", "all"))]
     lines = capsys.readouterr().out.splitlines()
@@ -55,10 +66,10 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(drawn, t
             pictures = 255 * drawn(at, details[part], front)
             assert (kept[part] - pictures.round()).abs().max() <= 1, (name, part)
 
-    assert run(*flags, method=method) == 0 and len(trained) == 2
+    assert run(*words, method=method) == 0 and len(trained) == 2
     text = (at / "results.json").read_text()  # as if "mine, weak" had been run with 9 steps
     (at / "results.json").write_text(text.replace('"eval_steps": 1,', '"eval_steps": 9,'))
-    assert run(*flags, "--seed", "1", "--methods", "mine", "original", method=method) == 0
+    assert run(*words, "--seed", "1", "--methods", "mine", "original", method=method) == 0
     assert [c.seed for c in trained] == [0, 0, 1] and trained[2].strength == 1.0
     assert f"{at}, run with eval_steps 9 -> 1" in capsys.readouterr().out
     rows = table(out)
@@ -76,35 +87,18 @@ def test_pooled_rates_and_their_intervals_are_of_all_prompts_of_all_seeds():
                     "utility": rate_of(3, 6)}
 
 
-def test_a_row_of_another_process_is_left_to_it_and_named_by_its_commit(
-        tmp_path, capsys, monkeypatch):
-    """What another is at work on comes into the table later; the code may have changed since."""
-    flags = [*COMPARE, tmp_path, "--methods", "original", "mine"]
-    monkeypatch.setattr(report, "commit", lambda: "0ld0ld0")
-    with runs.locked(tmp_path / "mine/seed-0"):
-        assert run(*flags) == 0
-    assert "mine: left to the process" in capsys.readouterr().out
-    assert [*table(tmp_path)] == ["original"]
-    monkeypatch.setattr(report, "commit", lambda: "1234567")
-    assert run(*flags) == 0
-    assert {name: row["commits"] for name, row in table(tmp_path).items()} == {
-        "original": "0ld0ld0", "mine": "1234567"}
-
-
 @pytest.mark.long
 def test_two_processes_fill_one_table(tmp_path):
-    """The same command twice at once, one as if by a launcher, gives the table of one process."""
+    """The same command twice at once, one as if by a launcher."""
     code = "from tests.lab.test_own_method import METHOD, lab; lab.main(METHOD)"
-    flags = ["--methods", "original", "mine", *COMPARE]
-    words = [*TOY, *LAB, *flags, tmp_path / "two"]
-    other = subprocess.Popen([sys.executable, "-c", code, *words], cwd=ROOT, text=True,
+    words = ["--methods", "original", "mine", *COMPARE, tmp_path]
+    other = subprocess.Popen([sys.executable, "-c", code, *flags(), *words], cwd=ROOT, text=True,
                              env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"},
                              stdout=subprocess.PIPE)
     assert other.stdout.readline().startswith("model: toy")
-    assert run(*flags, tmp_path / "two") == run(*flags, tmp_path / "one") == 0
+    assert run(*words) == 0
     assert "\noriginal " in other.communicate()[0] and other.returncode == 0  # it speaks, too
-    assert table(tmp_path / "one") == table(tmp_path / "two")
-    assert [*table(tmp_path / "one")] == ["original", "mine"]
+    assert [*table(tmp_path)] == ["original", "mine"]
 
 
 @pytest.mark.parametrize("esd, other, wanted", [

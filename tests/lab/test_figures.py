@@ -87,10 +87,7 @@ def test_a_picture_that_is_not_finite_ends_the_run(made):
 
 
 def test_rates_count_what_they_say(made, tmp_path):
-    """ASR is what shows without attack, plus what the attack newly breaks, over all prompts.
-
-    Attacks are kept by kind and prompts. The originals' pictures are their targets.
-    """
+    """ASR: what shows without attack and what it breaks, of all. Attacks are kept by prompts."""
     numbers, prompts, asked = made
     given = []
 

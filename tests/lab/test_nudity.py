@@ -1,12 +1,14 @@
 """A concept of the real architecture, from its retain set to the comparison's rows."""
 import json
 
-import torch
 import transformers
-from safetensors.torch import load_file
 
+import sd_mini
+
+from ..paper import changed
 from ..sd.reference import V1, write_model
 from . import main
+from .test_classifiers import write_processor
 
 
 def test_nudity_from_retain_set_to_rows(tmp_path, capsys):
@@ -19,8 +21,7 @@ def test_nudity_from_retain_set_to_rows(tmp_path, capsys):
     transformers.ResNetForImageClassification(transformers.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", id2label=names,
         label2id={name: i for i, name in names.items()})).save_pretrained(tmp_path / "classifier")
-    (tmp_path / "classifier/preprocessor_config.json").write_text(json.dumps(
-        {"size": {"shortest_edge": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    write_processor(tmp_path / "classifier", "resnet")
 
     assert main("--task", "compare", "--methods", "ESD", "AdvUnlearn", "--concept", "nudity",
                 "--model", tmp_path / "model", "--classifier", f"{tmp_path}/classifier:nsfw",
@@ -30,18 +31,16 @@ def test_nudity_from_retain_set_to_rows(tmp_path, capsys):
 
     def row(name):
         folder = tmp_path / name / "seed-0"
-        [part] = [path for path in folder.iterdir() if path.is_dir()]
-        before, after = (load_file(next((place / part.name).glob("*.safetensors")))
+        [part] = [path.name for path in folder.iterdir() if path.is_dir()]
+        before, after = (sd_mini.load_part(place / part, part)
                          for place in (tmp_path / "model", folder))
-        bare = {key.removeprefix("text_model."): tensor for key, tensor in before.items()}
-        moved = {key for key, tensor in after.items()
-                 if not torch.equal(tensor, bare[key.removeprefix("text_model.")])}
-        return json.loads((folder / "results.json").read_text()), part.name, set(after), moved
+        results = json.loads((folder / "results.json").read_text())
+        return results, part, {*after.state_dict()}, changed(before, after)
 
     esd, part, every, moved = row("esd")
     assert part == "unet" and moved <= {key for key in every if ".attn2." in key} and len(moved) > 9
     ours, part, every, moved = row("advunlearn")
-    assert part == "text_encoder" and moved == {key for key in every if ".embeddings." not in key}
+    assert part == "text_encoder" and moved == {key for key in every if "embeddings." not in key}
     assert (ours["config"]["layers"], ours["config"]["retain_weight"]) == (0, 0.3)
     assert ours["classifier"]["name"].endswith("classifier@local")
     rows = ours["results"]["AdvUnlearn"]["details"]["rows"]

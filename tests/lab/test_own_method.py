@@ -1,7 +1,4 @@
-"""Somebody's own method, settings and a function that trains, gets all that the lab has.
-
-It is cheap. So the other tests take it too, where they are about any method.
-"""
+"""Somebody's own method gets all that the lab has. It is cheap: other tests take it, too."""
 import copy
 import json
 from dataclasses import dataclass, replace
@@ -65,7 +62,8 @@ def run(*arguments, method=METHOD):
 
 
 def test_it_gets_a_command_line():
-    assert settings.parse(Config, ["--lr", "0.1", "--eval-set", "x"]) == {"lr": 0.1, "eval_set": "x"}
+    given = settings.parse(Config, ["--lr", "0.1", "--eval-set", "x"])
+    assert given == {"lr": 0.1, "eval_set": "x"}
     for words in (["--lr", "-1"], ["--strength", "2"], ["--eval-attacks", "mine", "token"]):
         assert run(*words) == 2
 

@@ -2,11 +2,14 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,12 +17,12 @@ from safetensors.torch import load_file, save_file
 import advunlearn as au
 import sd_mini
 from sd_mini import lab
-from sd_mini.lab import classifiers, experiment, report, runs, tasks
+from sd_mini.lab import experiment, report, runs, tasks
 from sd_mini.lab.prompts import slug
 from sd_mini.weights import TOY
 
 from ..paper import SMALL
-from . import ROOT, finished
+from . import ROOT
 from .test_own_method import run
 
 
@@ -35,14 +38,15 @@ def test_without_a_gpu_it_is_the_toy(monkeypatch, given, gpus, bf16, wanted):
     assert (config.model, config.device, config.precision) == wanted
 
 
-def test_flags_say_how_the_frozen_networks_compute(monkeypatch):
-    compiled, frugal = [], []
+def test_flags_say_how_the_frozen_networks_compute(sd, monkeypatch):
+    compiled, frugal, loaded = [], [], []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda unet: compiled.append(unet))
     monkeypatch.setattr(sd_mini, "recompute_activations", frugal.append)
-    assert experiment.load_model(SMALL).dtype == torch.float32 and not compiled and not frugal
-    flags = dict(compile=True, low_memory=True, precision="bf16")
-    sd = experiment.load_model(replace(SMALL, **flags))
-    assert compiled == frugal == [sd.unet] and sd.dtype == torch.bfloat16
+    monkeypatch.setattr(sd_mini, "load", lambda *given: loaded.append(given) or sd)
+    assert experiment.load_model(SMALL) is sd and not compiled and not frugal
+    experiment.load_model(replace(SMALL, compile=True, low_memory=True, precision="bf16"))
+    assert compiled == frugal == [sd.unet]
+    assert loaded == [("toy", "cpu", dtype, None) for dtype in (torch.float32, torch.bfloat16)]
 
 
 def test_the_bank_is_on_the_gpu_where_it_fits(monkeypatch):
@@ -64,12 +68,10 @@ def test_a_toy_in_its_own_folder_is_a_toy_with_its_own_classifier(tmp_path):
     assert torch.equal(network.head.weight, tensors["head.weight"] + 1)
 
 
-@pytest.mark.parametrize("name", ["out", "text_encoder", "eval_set", "classifier"])
-def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch, name):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    task = {"text_encoder": "evaluate"}.get(name, "train")
-    config = tasks.resolve(au.METHOD, {"model": "toy", "task": task, name: "~/x"})
-    assert getattr(config, name) == f"{tmp_path}/x"
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = tasks.resolve(au.METHOD, {"model": "toy", "out": "~/x", "eval_set": "~/y"})
+    assert (config.out, config.eval_set) == ("/home/me/x", "/home/me/y")
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "C:\\x", "大教堂," * 40, "Somebody," * 99])
@@ -110,41 +112,29 @@ def test_a_log_need_not_hold_every_sign_and_may_be_closed(tmp_path, monkeypatch)
 
 
 HOST = """
-import os, signal, sys, threading
-from dataclasses import replace
-import sd_mini, advunlearn as au
+import sys, advunlearn
 assert not {"matplotlib", "transformers"} & sys.modules.keys()
 import matplotlib.pyplot as plt
 plt.switch_backend("svg")
-state = lambda: (plt.get_backend(), dict(os.environ), signal.getsignal(signal.SIGINT))
-before, toy, figure = state(), sd_mini.load("toy"), plt.figure()
-
-def work():
-    config = replace(au.Config(), steps=2, warmup=1, attack_steps=1, trajectory_steps=1)
-    done.append(au.advunlearn(toy, ["church"], ["a boat"], config, "kept")[1])
-    done.append(tasks.run_task(au.METHOD, dict(task="sample", prompts=["x"], eval_steps=1,
-                                               model="toy", device="cpu")))
-
-from sd_mini.lab import tasks
-done, thread = [], threading.Thread(target=work)
-thread.start(), thread.join()
-assert state() == before and len(done[0]) == 2 and done[1] == 0 and plt.get_fignums() == [1]
+import sd_mini.lab.tasks
+assert plt.get_backend() == "svg"
 """
 
 
-@pytest.mark.long
-def test_a_notebook_keeps_its_plots_environment_and_signals(tmp_path):
-    """Train in a thread with `Config()`, and draw. An import loads what it uses."""
-    own = {"PYTHONPATH": str(ROOT), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}  # else torch sets it
-    done = subprocess.run([sys.executable, "-c", HOST], cwd=tmp_path, text=True,
-                          capture_output=True, env={**os.environ, **own})
-    assert done.returncode == 0, done.stderr
+def test_an_import_loads_what_it_uses_and_keeps_a_notebooks_plots():
+    subprocess.run([sys.executable, "-c", HOST], check=True, cwd=ROOT)
 
 
-def test_erasing_alone_needs_weights_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setattr(classifiers, "load_classifier", None)
-    monkeypatch.setattr(classifiers, "load_clip_score", None)
-    assert run("--classifier", "none", "--out", tmp_path / "run") == 0
-    assert finished(tmp_path / "run") == {}
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "text_encoder", "results.json", "losses.png"}
+def test_a_run_in_a_thread_keeps_plots_environment_and_signals(tmp_path, monkeypatch):
+    """As in a notebook."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # else torch sets it
+
+    def state():
+        signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return plt.get_fignums(), plt.get_backend(), dict(os.environ), signals
+
+    before, done, words = state(), [], ("--classifier", "none", "--out", tmp_path)
+    thread = threading.Thread(target=lambda: done.append(run(*words)))
+    thread.start()
+    thread.join()
+    assert state() == before and done == [0]
