@@ -120,6 +120,12 @@ def iterations(sd, config):
     return time.time() - begun[-1], sum(sd.work)
 
 
+def seconds(run):
+    begin = time.time()
+    run()
+    return time.time() - begin
+
+
 def spread(values):
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
@@ -183,18 +189,11 @@ def sampling():
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     prompts, seeds = ["a photo of a church"] * 8, list(range(8))
-
-    def ours():
-        begin = time.time()
-        sd.sample(prompts, seed=seeds, steps=20)
-        return time.time() - begin
-
-    def theirs():
-        begin = time.time()
-        pipeline(prompts, latents=sd.initial_noise(seeds), output_type="pt", num_inference_steps=20)
-        return time.time() - begin
-
-    return in_turns(ours, theirs), "1 times less"
+    text = in_turns(
+        lambda: seconds(lambda: sd.sample(prompts, seed=seeds, steps=20)),
+        lambda: seconds(lambda: pipeline(prompts, latents=sd.initial_noise(seeds), output_type="pt",
+                                         num_inference_steps=20)))
+    return text, "1 times less"
 
 
 def v1_iteration():

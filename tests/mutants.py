@@ -144,12 +144,11 @@ def listed(word):
 
 
 def tests_of(file):
-    """Its room, without the golden run, which is for what no test is about."""
-    if file == A:
-        return ["tests/paper", "--ignore=tests/paper/test_golden.py"]
+    """Its room and the exercises', without the golden run, which is for what no test is about."""
     if "/lab/" in file:
         return ["tests/paper/test_evaluation.py", "tests/lab"]
-    return ["tests/sd"]
+    room = ["tests/paper", "--ignore=tests/paper/test_golden.py"] if file == A else ["tests/sd"]
+    return [*room, "tests/coursework/test_exercises.py"]
 
 
 def passes(folder, file, source):
