@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 import sd_mini
+from sd_mini.files import write_atomically
 from sd_mini.weights import PARTS, TOY
 
 from .reference import (V1, V2, WEIGHTS, assert_same, assert_same_picture, made, opened,
@@ -90,6 +91,17 @@ def test_the_umask_decides_who_reads_what_is_written_and_flushed(v1, tmp_path, u
                and path.parent.name not in ("tokenizer", "scheduler")]  # which are copied
     assert [each.st_mode & 0o777 for each in written] == [0o666 & ~umask] * 9
     assert flushed >= {each.st_ino for each in written}
+
+
+def test_a_broken_write_leaves_the_old_file(tmp_path):
+    def half(temporary):
+        temporary.write_text("{")
+        raise OSError("disk full")
+
+    sd_mini.write_json(tmp_path / "file.json", {"old": 1})
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "file.json", half)
+    assert sd_mini.read_json(tmp_path / "file.json") == {"old": 1}
 
 
 # --- what is loaded
@@ -189,6 +201,14 @@ def test_a_tokenizer_of_another_kind_is_refused(folder, model, config):
     (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
     Tokenizer(model).save(str(folder / "tokenizer/tokenizer.json"))
     assert "/tokenizer: no" in refusal(sd_mini.load, folder)  # no CLIP tokenizer, or no whole one
+
+
+def test_no_pickle_and_no_eval_anywhere():
+    root = Path(sd_mini.__file__).parents[1]
+    ours = [root / "advunlearn.py", *root.glob("sd_mini/**/*.py"), *root.glob("tests/**/*.py")]
+    words = ["torch." + "load", "import " + "pickle", "ev" + "al("]
+    assert len(ours) > 40 and not [(path.name, word) for path in ours for word in words
+                                   if word in path.read_text().replace(".ev" + "al()", "")]
 
 
 def test_pickles_are_refused_and_only_files_are_pickles(v1, tmp_path):
