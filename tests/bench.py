@@ -12,17 +12,12 @@ import copy
 import gc
 import math
 import platform
-import re
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import advunlearn as au
 import sd_mini
@@ -30,7 +25,6 @@ from sd_mini.lab.runs import progress
 from sd_mini.weights import PARTS
 
 ROOT = Path(au.__file__).parent
-GPU = "cuda" if torch.cuda.is_available() else None
 PAPER = au.Config(model="toy", device="cpu", layers=0)  # published, on the toy's weights
 ITERATION = replace(PAPER, steps=1, warmup=0)  # with its attack
 AT_FULL_SIZE = replace(ITERATION, layers=1, trajectories=4, eval_batch=4)
@@ -53,8 +47,7 @@ BACKWARD = 1.07
 class Counted(sd_mini.StableDiffusion):
     """A model that notes its UNet evaluations, in forward equivalents.
 
-    A picture counts 1, and BACKWARD more where a backward follows. (That of weights in training,
-    which is about twice as much, counts no more.)
+    A picture counts 1, and BACKWARD more where a backward follows, of weights in training too.
     """
 
     work: list = field(default_factory=list)
@@ -90,8 +83,7 @@ def schedule(config, prompts=(1, 243)):
 def evaluation_work(config, related=20):
     """UNet evaluations of evaluating one model, where no attack breaks anything.
 
-    They are those of the pictures (of the concept's, the utility and the related prompts), of each
-    attack's steps, forward and backward (the random one has none), and of its looks. `related`: for
+    Each attack has steps, forward and backward (the random one has none), and looks. `related`: for
     Stable Diffusion church has 8 paraphrases and 12 neighbours.
     """
     drawn = 2 * config.eval_steps * (config.eval_prompts + config.eval_utility + related)
@@ -129,11 +121,8 @@ def iterations(sd, config):
 
 
 def seconds(run):
-    """Of a call, with what it launched on the GPU."""
     begin = time.time()
     run()
-    if GPU:
-        torch.cuda.synchronize()
     return time.time() - begin
 
 
@@ -149,97 +138,50 @@ def in_turns(one, other, repeats=5):
     return f"{spread(ours)} s against {spread(theirs)} s: {ratio:.3g} times less"
 
 
-def bank_against_fresh(sd, config):
-    fresh = replace(config, fresh_trajectories=True)
-    return in_turns(lambda: iterations(sd, config)[0], lambda: iterations(sd, fresh)[0])
-
-
 def side_by_side(one, other):
-    """An iteration of two models at full size."""
-    return in_turns(*(lambda sd=sd: iterations(sd, AT_FULL_SIZE)[0] for sd in (one, other)))
+    """An iteration of two (model, config)."""
+    return in_turns(lambda: iterations(*one)[0], lambda: iterations(*other)[0])
 
 
-def against_limit(sd, config, width, repeats=5):
-    """Time an iteration and its FLOPs' worth of matrix products -> the row's text."""
-    small = replace(config, trajectories=1, trajectory_steps=1)
-    with FlopCounterMode(display=False) as everything:
-        iterations(sd, small)
-    with FlopCounterMode(display=False) as banks:
-        for prompts in (ERASE, RETAIN):
-            au.trajectory_bank(sd, prompts, small)
-    flops = everything.get_total_flops() - banks.get_total_flops()
-    a, took, products = torch.randn(width, width, device=sd.device, dtype=sd.dtype), [], []
-    for _ in progress(range(repeats), "iteration"):
-        took.append(iterations(sd, config)[0])
-        products.append(seconds(lambda: [a @ a for _ in range(20)]) / 20)
-    limit = flops / (2 * width**3) * statistics.median(products)
-    ratio = statistics.median(took) / limit
-    return f"{spread(took)} s against {limit:.3g} s for {flops / 1e12:.3g} TFLOP: {ratio:.1f} times"
+def bank_against_fresh(sd, config):
+    return side_by_side((sd, config), (sd, replace(config, fresh_trajectories=True)))
 
 
-def v1(dtype):
+def v1():
     """Stable Diffusion 1 with random weights and the toy's tokenizer; its text encoder in fp32."""
-    with torch.device(GPU):
-        parts = {part: PARTS[part][0](config).requires_grad_(False).to(dtype)
+    with torch.device("cuda"):
+        parts = {part: PARTS[part][0](config).requires_grad_(False).bfloat16()
                  for part, config in V1.items()}
     parts["text_encoder"].float()
-    return replace(sd_mini.load("toy"), **parts, precision=dtype)
+    return replace(sd_mini.load("toy"), **parts, precision=torch.bfloat16)
 
 
-# --- the rows
+# --- the rows: what a function's docstring says -> (what was measured, the goal)
 
-ROWS = {}  # name -> a function that measures -> (what was measured, the goal)
-
-
-def row(goal, on_gpu=False):
-    """What follows is a row. Its docstring says what is measured, and is printed."""
-    def register(measure):
-        def measured():
-            text = measure() if GPU or not on_gpu else "no GPU here"
-            return text, goal
-        measured.__doc__ = measure.__doc__
-        ROWS[measure.__name__] = measured
-        return measure
-    return register
-
-
-@row("12 times fewer")
 def evaluations():
     """A default run, against the published schedule, UNet evaluations."""
     ours, published = schedule(PAPER), schedule(replace(PAPER, fresh_trajectories=True))
-    return f"{ours:,.0f} against {published:,.0f}: {published / ours:.1f} times fewer"
+    text = f"{ours:,.0f} against {published:,.0f}: {published / ours:.1f} times fewer"
+    return text, "12 times fewer"
 
 
-@row("1 times as many")
 def evaluation():
     """Evaluating an encoder, 50 prompts, default attacks, if none succeeds, against training it,
     UNet evaluations
     """
     ours, training = evaluation_work(PAPER), schedule(PAPER)
-    return f"{ours:,.0f} against {training:,.0f}: {ours / training:.2f} times as many"
+    text = f"{ours:,.0f} against {training:,.0f}: {ours / training:.2f} times as many"
+    return text, "1 times as many"
 
 
-@row("12 times less")
 def iteration():
     """Seconds an iteration (toy, the paper's schedule), with the bank and afresh."""
-    return bank_against_fresh(sd_mini.load("toy"), ITERATION)
+    return bank_against_fresh(sd_mini.load("toy"), ITERATION), "12 times less"
 
 
-@row("3 times, on a GPU")
-def limit():
-    """Seconds an iteration (toy, the paper's schedule), against those that its FLOPs would take at
-    the speed of a matrix product in the same precision
-    """
-    return against_limit(sd_mini.load("toy"), ITERATION, 1024)
-
-
-@row("1 times less")
 def sampling():
     """Seconds to draw 8 pictures in 20 steps, against diffusers."""
-    try:
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
-    except ImportError:
-        return "diffusers is not installed"
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     sd, folder = sd_mini.load("toy"), sd_mini.weights.TOY
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
@@ -247,67 +189,26 @@ def sampling():
     pipeline.scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     pipeline.set_progress_bar_config(disable=True)
     prompts, seeds = ["a photo of a church"] * 8, list(range(8))
-    return in_turns(
+    text = in_turns(
         lambda: seconds(lambda: sd.sample(prompts, seed=seeds, steps=20)),
         lambda: seconds(lambda: pipeline(prompts, latents=sd.initial_noise(seeds), output_type="pt",
                                          num_inference_steps=20)))
+    return text, "1 times less"
 
 
-@row("20 times less", on_gpu=True)
 def v1_iteration():
     """Seconds an iteration at full size on the GPU in bf16, with the bank and afresh."""
-    return bank_against_fresh(v1(torch.bfloat16), AT_FULL_SIZE)
+    return bank_against_fresh(v1(), AT_FULL_SIZE), "20 times less"
 
 
-@row("3 times", on_gpu=True)
-def v1_limit():
-    """Seconds an iteration at full size on the GPU in bf16, against its FLOPs' worth of matrix
-    products
-    """
-    return against_limit(v1(torch.bfloat16), AT_FULL_SIZE, 8192)
-
-
-@row("faster", on_gpu=True)
 def v1_compile():
     """Seconds an iteration at full size on the GPU in bf16, with --compile and without."""
-    sd = v1(torch.bfloat16)
+    sd = v1()
     compiled = replace(sd, unet=copy.deepcopy(sd.unet))
     compiled.unet.compile()
-    return side_by_side(compiled, sd)
+    return side_by_side((compiled, AT_FULL_SIZE), (sd, AT_FULL_SIZE)), "faster"
 
 
-@row("faster", on_gpu=True)
-def v1_fp16():
-    """Seconds an iteration at full size on the GPU, in fp16 and in fp32."""
-    return side_by_side(v1(torch.float16), v1(torch.float32))
-
-
-@row("an hour, 12 GiB", on_gpu=True)
-def v1_run():
-    """A whole run at full size on the GPU, random weights: 1,000 iterations, 50 prompts evaluated;
-    and the most GPU memory held
-    """
-    import transformers
-
-    with tempfile.TemporaryDirectory() as folder:
-        sd_mini.save_pipeline(v1(torch.bfloat16), f"{folder}/v1")
-        names = dict(enumerate(["church", *(f"class {i}" for i in range(1, 1000))]))
-        network = transformers.ResNetForImageClassification(
-            transformers.ResNetConfig(id2label=names, label2id={v: k for k, v in names.items()}))
-        network.save_pretrained(f"{folder}/classifier")
-        sd_mini.write_json(f"{folder}/classifier/preprocessor_config.json", {
-            "size": {"shortest_edge": 224}, "image_mean": [0.5] * 3, "image_std": [0.25] * 3})
-        command = [sys.executable, "advunlearn.py", "--model", f"{folder}/v1", "--classifier",
-                   f"{folder}/classifier:church", "--clip-score", "none", "--out", f"{folder}/run"]
-        gc.collect()
-        torch.cuda.empty_cache()
-        begin = time.time()
-        said = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
-    memory = re.findall(r"[\d.]+ GiB", said.stdout)
-    return f"{(time.time() - begin) / 60:.3g} minutes, {' '.join(memory)}"
-
-
-@row("12 and 8 GiB", on_gpu=True)
 def v1_memory():
     """Most GPU memory held at full size in bf16, retain batch 5, and with --low-memory; a run's
     bank of 243 retain prompts takes 2.4 GB more without it
@@ -317,13 +218,17 @@ def v1_memory():
         sd = None  # the one before
         gc.collect()
         torch.cuda.empty_cache()
-        sd = v1(torch.bfloat16)
+        sd = v1()
         if low_memory:
             sd_mini.recompute_activations(sd.unet)
         torch.cuda.reset_peak_memory_stats()
         iterations(sd, replace(PAPER, steps=2, warmup=1, layers=1, low_memory=low_memory))
         peaks.append(torch.cuda.max_memory_reserved() / 2**30)
-    return "{:.1f} and {:.1f} GiB".format(*peaks)
+    return "{:.1f} and {:.1f} GiB".format(*peaks), "12 and 8 GiB"
+
+
+ROWS = {row.__name__: row for row in (
+    evaluations, evaluation, iteration, sampling, v1_iteration, v1_compile, v1_memory)}
 
 
 def main():
@@ -335,7 +240,8 @@ def main():
           f"{torch.get_num_threads()} threads, {platform.machine()}; median (least to most)\n\n"
           "| what | measured | goal |\n| --- | --- | --- |", flush=True)
     for name in names:
-        measured, goal = ROWS[name]()
+        can = torch.cuda.is_available() or not name.startswith("v1_")
+        measured, goal = ROWS[name]() if can else ("no GPU here", "")
         what = " ".join(ROWS[name].__doc__.split()).rstrip(".")
         print(f"| {what} | {measured} | {goal} |", flush=True)
 

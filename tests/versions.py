@@ -16,19 +16,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 ENDS = {"4.45.0": "diffusers==0.31.0", "5.*": "diffusers"}  # transformers -> diffusers of its time
-REPORT = """
-import transformers, torch
-print('transformers', transformers.__version__, 'torch', torch.__version__)
-"""
 SAVE = """
-import hashlib, sys, sd_mini
+import sys, torch, transformers, sd_mini
+print("transformers", transformers.__version__, "torch", torch.__version__)
 sd_mini.save_part(sd_mini.load("toy").text_encoder, sys.argv[1], "text_encoder")
 """
-
-
-def run(python, *arguments):
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    subprocess.run([python, *arguments], cwd=ROOT, check=True, env=environment)
 
 
 def main(versions, pytest_arguments):
@@ -36,13 +28,13 @@ def main(versions, pytest_arguments):
     for version in versions:
         with tempfile.TemporaryDirectory() as folder:
             venv.create(folder, with_pip=True)
-            python = str(Path(folder) / "bin/python")
-            packages = [f"transformers=={version}", ENDS[version]]
-            run(python, "-m", "pip", "install", "-q", "-r", "requirements.txt", *packages)
-            run(python, "-c", REPORT)
-            run(python, "-m", "pytest", "-q", *pytest_arguments)
-            run(python, "-c", SAVE, str(Path(folder) / "saved"))
-            saved = (Path(folder) / "saved/model.safetensors").read_bytes()
+            for arguments in (
+                    ["-m", "pip", "install", "-q", "-r", "requirements.txt",
+                     f"transformers=={version}", ENDS[version]],
+                    ["-c", SAVE, folder], ["-m", "pytest", "-q", *pytest_arguments]):
+                subprocess.run([f"{folder}/bin/python", *arguments], cwd=ROOT, check=True,
+                               env={**os.environ, "HF_HUB_OFFLINE": "1"})
+            saved = Path(folder, "model.safetensors").read_bytes()
             digests[version] = hashlib.sha256(saved).hexdigest()
     assert len(set(digests.values())) == 1, digests
     print("all pass; the saved text encoder is the same bytes:", digests)

@@ -1,5 +1,6 @@
 """Tests of the paper's file, advunlearn.py, in its order. Here is what they share.
 
+Losses and the projection onto the simplex are tested as exercises are graded: tests/coursework.
 Most run on `tiny`, a model that takes a millisecond where the toy takes fifty.
 """
 from dataclasses import replace

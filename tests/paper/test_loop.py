@@ -19,16 +19,13 @@ same = torch.equal
 
 # --- what is trained
 
-@pytest.mark.parametrize("n, layers", [(1, ["0"]), (2, ["0", "1"]), (12, [*map(str, range(12))])])
-def test_layers_are_the_first_by_index(n, layers):
+def test_layers_are_the_first_by_index():
     """The published code goes by the beginning of their names: layer 1 brings 10 and 11 along."""
     encoder = TextEncoder({**bench.V1["text_encoder"], "vocab_size": 1, "hidden_size": 12})
-    model = sd_mini.StableDiffusion(None, encoder, None, None, None)
-    names = {id(p): name for name, p in encoder.named_parameters()}
-    theta = au.parameters_to_train(model, replace(SMALL, layers=n))
-    assert [names[id(p)] for p in theta] == [
-        name for name in names.values() if name.startswith("encoder.layers.")
-        and name.split(".")[2] in layers]
+    model, layers = sd_mini.StableDiffusion(None, encoder, None, None, None), encoder.encoder.layers
+    for n in (1, 2, 12):
+        theta = au.parameters_to_train(model, replace(SMALL, layers=n))
+        assert {*map(id, theta)} == {id(p) for layer in layers[:n] for p in layer.parameters()}
     with pytest.raises(ValueError, match="--layers 13: this text encoder has 12"):
         au.parameters_to_train(model, replace(SMALL, layers=13))
 
@@ -156,7 +153,7 @@ def test_a_seed_gives_the_same_bytes_resumed_or_not(tiny, calls, tmp_path):
 # --- work
 
 @pytest.mark.parametrize("changes", [
-    {}, {"attack": "none", "retain_weight": 0.0}, {"erase_batch": 3, "retain_batch": 4}])
+    {"attack": "none", "retain_weight": 0.0}, {"erase_batch": 3, "retain_batch": 4}])
 def test_unet_evaluations_are_those_of_the_formula(tiny, changes):
     """The bench's closed form against a count; afresh, against the mean of drawn runs."""
     config = replace(SMALL, warmup=1, steps=30, **changes)

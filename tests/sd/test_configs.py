@@ -42,13 +42,10 @@ def reference_config(name):
 @pytest.mark.parametrize("name", [
     "CLIPText", "CLIPText of former years", "AutoencoderKL", "UNet2DConditionModel", *SCHEDULERS])
 def test_every_key_of_the_reference_is_known(name):
-    """With its default it opens. With another value it opens where the value counts or changes
-    nothing. Else the line names both.
-    """
+    """With its default it opens. A word is named, unless the key changes nothing."""
     part, config = reference_config(name)
     configs.complete(part, config)
-    free = configs.HONOURED[part].keys() | configs.NO_EFFECT[part]
-    for key in config.keys() - free:
+    for key in config.keys() - configs.NO_EFFECT[part]:
         if not key.startswith("_"):
             line = refusal(configs.complete, part, {**config, key: "other"})
             assert line.startswith(f'{key} "other": '), line
@@ -64,35 +61,24 @@ def test_absent_keys_have_the_defaults_of_the_reference(name):
 
 
 @pytest.mark.parametrize("part, key, value", [
-    ("scheduler", "rescale_betas_zero_snr", True),
-    ("scheduler", "trained_betas", [0.1] * 1000),
-    ("scheduler", "prediction_type", "sample"),
-    ("scheduler", "beta_schedule", "squaredcos_cap_v2"),
     ("scheduler", "beta_start", "0.00085"),  # not a number
     ("scheduler", "beta_end", 1.0),  # alpha_bar would be 0
     ("scheduler", "num_train_timesteps", 0),
     ("scheduler", "predict_epsilon", False),
     ("scheduler", "a_key_of_2027", ["x" * 70]),
-    ("unet", "flip_sin_to_cos", False),
-    ("unet", "freq_shift", 1),
     ("unet", "act_fn", None),
-    ("unet", "class_embed_type", "timestep"),
     ("unet", "attention_head_dim", [2, 4, 8]),  # of four levels
     ("unet", "attention_head_dim", 7),  # no divisor
     ("unet", "down_block_types", ["DownBlock2D"] * 3),
-    ("unet", "up_block_types", ["AttnUpBlock2D"] * 4),
+    ("unet", "up_block_types", ["UpBlock2D"] * 3 + ["AttnUpBlock2D"]),
     ("unet", "norm_num_groups", 5),
-    ("unet", "mid_block_only_cross_attention", True),
     ("unet", "sample_size", 12),
     ("unet", "sample_size", 0),
-    ("unet", "sample_size", [8, 8]),
     ("unet", "sample_size", None),
     ("unet", "cross_attention_dim", [32, 32, 64, 64]),
-    ("vae", "mid_block_add_attention", False),
     ("vae", "scaling_factor", 0),
     ("vae", "block_out_channels", []),
     ("vae", "in_channels", 4),
-    ("text_encoder", "hidden_act", "gelu_new"),
     ("text_encoder", "num_attention_heads", 5),
     ("text_encoder", "num_hidden_layers", "12"),
     ("text_encoder", "quantization_config", {"load_in_8bit": True}),

@@ -65,33 +65,20 @@ def test_a_single_file_is_read_back_as_it_was(v1, hub, single, change, dtype):
     assert_same(sd.vae, copy.deepcopy(v1.vae).to(dtype))
 
 
-DROPPED = TEXT + "text_model.final_layer_norm.bias"
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda t: t | {"model.diffusion_model.surprise": torch.zeros(1)},
-     "surprise does not belong there"),
-    (lambda t: t | {"lora_te_surprise": torch.zeros(1)}, "lora_te_surprise does not belong"),
-    (lambda t: {k: v for k, v in t.items() if k != DROPPED},
-     "tensor final_layer_norm.bias is missing"),
-    (lambda t: t | {"conditioner.embedders.0.x": torch.zeros(1)}, "SDXL"),
-    (lambda t: t | {"cond_stage_model.model.ln_final.bias": torch.zeros(1)}, "2.x"),
-])
-def test_a_single_file_is_strict(v1, single, change, message):
-    rewrite(single, change)
+@pytest.mark.parametrize("surprise, message", [
+    ("lora_te_surprise", "lora_te_surprise does not belong"),
+    ("conditioner.embedders.0.x", "SDXL"), ("cond_stage_model.model.ln_final.bias", "2.x")])
+def test_a_single_file_is_strict(v1, single, surprise, message):
+    rewrite(single, lambda tensors: tensors | {surprise: torch.zeros(1)})
     line = refusal(sd_mini.load, single, tokenizer=v1.folder)
     assert line.startswith(f"{single}: ") and message in line
 
 
-def test_tokenizer_and_configs_come_from_a_folder_or_the_hub(v1, hub, single):
+def test_tokenizer_and_configs_come_from_a_folder_or_the_hub(hub, single):
     line = refusal(sd_mini.load, single)
-    assert line.startswith(f"{single}: a single file holds no tokenizer and no configs")
-    assert "--tokenizer" in line
+    assert line.startswith(f"{single}: ") and "--tokenizer" in line
     line = refusal(sd_mini.load, single, tokenizer="someone/else")  # what was named is blamed alone
     assert line.startswith("someone/else: no such folder here")
-    vocabulary = v1.folder / "tokenizer/vocab.json"
-    line = refusal(sd_mini.load, single, tokenizer=str(vocabulary))
-    assert line.startswith(f"{vocabulary}: a file, where a folder")
 
 
 def test_a_single_file_is_written_for_1_x_alone_in_the_precision_asked_for(v1, tmp_path):

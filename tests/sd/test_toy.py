@@ -1,14 +1,15 @@
 """The toy world, its classifier and its training. All other tests on the toy rely on them."""
 import copy
 import itertools
-import math
+import os
+import signal
 import sys
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import nn
 
 import sd_mini
@@ -41,9 +42,7 @@ def test_drawing_is_seeded_and_every_object_place_and_style_draws():
 
 @pytest.mark.parametrize("concept", [*ERASABLE, "van gogh"])
 def test_synonyms_share_no_token_with_the_name_and_are_kinds_of_their_own(sd, concept):
-    """If they shared a token, erasing the name would erase the synonym too. If they were drawn
-    alike, all words would get the same embedding. Then an attack would have nothing to find.
-    """
+    """Else erasing the name would erase them too, and an attack had nothing to find."""
     listed = [word for word in read_concepts(concept)[0].synonyms if word != "refuse lorries"]
     captions = " ".join(world.OBJECTS.get(concept, world.STYLES.get(concept, {})))
     assert len(listed) >= 2 and {*" ".join(listed).split()} <= {*captions.split()}
@@ -76,27 +75,27 @@ def test_classifier_is_right_and_says_nothing_where_nothing_is_to_be_seen():
     found = classifier.labels(train.disturb(
         pictures, torch.ones(200) > 0, torch.Generator().manual_seed(77)))
     assert found["object"].count("nothing") >= 0.98 * 200
-    for style in world.STYLES:
-        own = [f for f, s in zip(found["style"], scenes) if s.style == style]
-        assert own.count("nothing") >= 0.93 * len(own)
-        assert own.count("van gogh") <= 0.05 * len(own)
+    assert found["style"].count("nothing") >= 0.93 * 200
     uncaptioned = drawn([world.uncaptioned_scene(rng) for _ in range(200)], rng)
     assert classifier.labels(uncaptioned)["object"].count("nothing") >= 0.97 * 200
 
 
-def test_the_toy_draws_what_is_asked_and_next_to_nothing_of_it_unasked(sd):
-    """An erased encoder leads to what the empty prompt draws."""
+def test_the_toy_draws_what_is_asked(sd):
     prompts = [f"a photo of a {name}" for name in world.OBJECTS]
     prompts += ["a sketch of a house", "a painting of a tree by van gogh"]
     found = load_classifier().labels(sd.sample(prompts, list(range(12)), 12, guidance=4))
     right = [f == name for f, name in zip(found["object"], world.OBJECTS)]
     right += [found["style"][-2] == "sketch", found["style"][-1] == "van gogh"]
     assert sum(right) >= len(right) - 1
-    found = load_classifier().labels(sd.sample([""] * 16, list(range(16)), 12, guidance=1))
-    assert found["object"].count("nothing") >= 12 and found["style"].count("van gogh") <= 2
 
 
 # --- training, in a world of 40 pictures of day and 32 of dusk
+
+PINNED = {  # stage: learning rate, loss, norm of its gradient
+    "vae": (2e-3, 0.096432, 0.42533), "clip": (1.5e-3, 2.29099, 2.77639),
+    "classifier": (2e-3, 0.13204, 6.19542), "unet": (1.2e-3, 0.062918, 0.080068),
+    "unet_dusk": (4e-4, 0.12811, 0.74601)}
+
 
 @pytest.fixture
 def work(tmp_path, monkeypatch):
@@ -108,157 +107,31 @@ def work(tmp_path, monkeypatch):
     return tmp_path / "work"
 
 
-@pytest.fixture
-def stage(work, monkeypatch):
-    """stage(function) -> the network and loss_of(generator) that it hands to `fit`."""
-    def of(function):
-        def fit(name, network, loss_of, *rest):
-            of.found = network, loss_of
-            raise KeyboardInterrupt
+def test_losses_and_gradients_at_the_embedded_weights_are_as_they_were(sd, work, monkeypatch):
+    """Of a batch of each stage, with the rate at which it was trained. Wrong data, pairs, labels or
+    weights of terms change them. So would another world, which asks for another training.
+    """
+    found, unet = {}, sd.unet.state_dict()
+    text = {f"text.{name}": tensor for name, tensor in sd.text_encoder.state_dict().items()}
+    trained = {"vae": sd.vae.state_dict(), "clip": text | load_file(TOY / "clip/model.safetensors"),
+               "classifier": load_classifier().state_dict(), "unet": unet, "unet_dusk": unet}
 
-        monkeypatch.setattr(train, "fit", fit)
+    def fit(name, network, loss_of, steps, lr, work):
+        network.load_state_dict(trained[name])
+        loss = loss_of(torch.Generator().manual_seed(0))
+        grads = torch.autograd.grad(loss, [*network.parameters()])
+        found[name] = lr, loss.item(), torch.cat([grad.flatten() for grad in grads]).norm().item()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "fit", fit)
+    for name in trained:
         with pytest.raises(KeyboardInterrupt):
-            function(TOY, work, "cpu")
-        return of.found
-
-    return of
-
-
-def data(work, *names):
-    """-> images (n, 3, 64, 64) in [0, 1], the labels and the captions of each"""
-    sets = [train.dataset(work, name) for name in names]
-    labels = [[names[i] for names, i in zip(LABELS.values(), row)] for s in sets for row in s[1]]
-    return (torch.cat([s[0] for s in sets]).float() / 255, labels,
-            [captions for s in sets for captions in s[2]])
-
-
-def nearest(x, y):
-    """Which of y each of x is -> indices, distances"""
-    apart = torch.cdist(x.flatten(1).float(), y.flatten(1),
-                        compute_mode="donot_use_mm_for_euclid_dist")
-    return apart.argmin(1).tolist(), apart.amin(1)
-
-
-def test_the_vae_learns_pictures_of_both_looks(stage, work, monkeypatch):
-    class Fake(nn.Module):
-        def moments(self, image):
-            self.image = image
-            return torch.full((16, 4, 16, 16), 2.0), torch.full((16, 4, 16, 16), math.log(9))
-
-        def decode(self, z):
-            self.z = z
-            return self.image + error
-
-    line = torch.linspace(0, 1, 64)
-    error = (line[:, None] + 2 * line) / 3  # its neighbours differ by 1 / 189 and 2 / 189
-    kl, seen = 0.5 * (4 + 9 - 1 - math.log(9)), set()
-    expected = error.mean() + 2 * error.square().mean() + 0.5 * 3 / 189 + 1e-4 * kl
-    monkeypatch.setattr(train, "VAE", lambda config: Fake())
-    vae, loss_of = stage(train.train_vae)
-    for seed in range(6):
-        torch.testing.assert_close(loss_of(torch.Generator().manual_seed(seed)), expected)
-        assert abs(vae.z.mean() - 2) < 0.1 and abs(vae.z.std() - 3) < 0.1
-        which, distance = nearest(vae.image / 2 + 0.5, data(work, "day", "dusk")[0])
-        assert distance.max() < 0.01
-        seen |= set(which)
-    assert len(seen) > 40 and min(seen) < 40 <= max(seen)
-
-
-def test_clip_picks_each_pictures_caption(stage, work, sd, monkeypatch):
-    """Many pictures share a caption, and then the target."""
-    frames = "a photo of a {}", "a {}", "a sketch of a {}", "{} by van gogh"
-    monkeypatch.setattr(
-        world, "caption", lambda scene, rng: rng.choice(frames).format(scene.object))
-    clip, loss_of = stage(train.train_clip)
-    seen = {}
-    for name in clip:
-        clip[name].register_forward_hook(
-            lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)}))
-    found = loss_of(torch.Generator().manual_seed(0))
-    images, _, captions = data(work, "day")
-    (ids, context), (pictures, features) = seen["text"], seen["picture"]
-    which, distance = nearest(pictures, images)
-    texts = [text.strip() for text in sd.tokenizer.batch_decode(ids, skip_special_tokens=True)]
-    assert distance.max() < 0.01 and len(set(which)) > 30
-    assert len(set(texts)) < 50 < 60 < len(set(zip(which, texts)))
-    assert all(text in captions[i] for text, i in zip(texts, which))
-    last, projected = seen["projection"]  # of the end token, behind the words
-    assert all(torch.equal(last[row], context[row, 1 + len(text.split())])
-               for row, text in enumerate(texts))
-    a, b = (F.normalize(x.float(), dim=-1) for x in (projected, features))
-    same = torch.tensor([[float(x == y) for y in texts] for x in texts])
-    both = [-(same / same.sum(1, keepdim=True) * s.log_softmax(1)).sum(1).mean()
-            for s in (20 * a @ b.T, 20 * b @ a.T)]
-    torch.testing.assert_close(found, sum(both) / 2, rtol=1e-4, atol=1e-4)
-
-
-def test_the_classifier_learns_labels_and_that_ruins_are_nothing(stage, work, monkeypatch):
-    """Zeros as logits: the gradient of each row is lowest at its label, and 0 if it has none."""
-    class Fake(nn.Module):
-        def logits(self, image):
-            self.image = image
-            self.zeros = {kind: torch.zeros(len(image), len(names), requires_grad=True)
-                          for kind, names in LABELS.items()}
-            return self.zeros
-
-    melted = []
-    monkeypatch.setattr(train, "Classifier", Fake)
-    monkeypatch.setattr(train, "vary", lambda image, generator: image)
-    monkeypatch.setattr(train, "disturb", lambda image, ruined, generator: (
-        melted.extend(ruined.tolist()), image)[1])
-    classifier, loss_of = stage(train.train_classifier)
-    loss_of(torch.Generator().manual_seed(0)).backward()
-    images, labels, _ = data(work, "day", "day uncaptioned", "dusk", "dusk uncaptioned")
-    which, distance = nearest(classifier.image, images)
-    assert melted == [True] * 16 + [False] * 80 and len(set(which)) > 25
-    assert distance[1::2].max() < 0.01 < distance[::2].min()  # those went through the VAE
-    assert "nothing" in {labels[i][0] for i in which[16:]}
-    for row, i in enumerate(which):
-        object, style, color = labels[i]
-        object, style = ("nothing", "nothing") if row < 16 else (object, style)
-        grads = zip(LABELS.values(), (zeros.grad[row] for zeros in classifier.zeros.values()))
-        assert [names[grad.argmin()] if grad.any() else None for names, grad in grads] == [
-            object, style, None if object == "nothing" else color]
-
-
-def test_the_unet_learns_noise_under_the_captions_and_the_empty_prompt(sd, work, monkeypatch):
-    """Of 100 pictures 15 never had a caption, all photos; the others keep theirs."""
-    given, asked = [], []
-
-    def add_noise(self, x_0, noise, t):
-        given.append((x_0, noise, t))
-        return x_0 + noise
-
-    def unet(x_t, t, context):
-        asked.append((x_t, t, context))
-        return torch.full_like(x_t, 0.5)
-
-    loss_of = train.denoising_loss(unet, TOY, work, "cpu", "dusk")
-    monkeypatch.setattr(train.Schedule, "add_noise", add_noise)
-    for step in range(60):
-        found = loss_of(torch.Generator().manual_seed(step))
-        torch.testing.assert_close(found, (0.5 - given[-1][1]).square().mean())
-    x_0, noise, t = (torch.cat(parts) for parts in zip(*given))
-    x_t, t_asked, context = (torch.cat(parts) for parts in zip(*asked))
-    assert torch.equal(x_t, x_0 + noise) and torch.equal(t, t_asked)
-    assert t.unique().numel() > 900 and 0 <= t.min() and t.max() <= 999
-    assert abs(noise.std() - 1) < 0.01 and given[0][1][:, 0, 0, 0].unique().numel() == 48
-    images, labels, captions = data(work, "dusk", "dusk uncaptioned")
-    which, _ = nearest(x_0, sd.vae.encode(2 * images - 1))
-    empty = (context - sd.encode_prompt([""])).abs().amax((1, 2)) < 1e-3
-    assert 0.12 < empty.float().mean() < 0.18 and empty.tolist() == [i >= 32 for i in which]
-    assert {labels[i][1] for i in which if i >= 32} == {"photo"} < {row[1] for row in labels[32:]}
-    texts, used = sd.encode_prompt([c for row in captions[:32] for c in row]), set()
-    for row, i in enumerate(which[:200]):
-        if i < 32:
-            apart = (texts[4 * i :][:4] - context[row]).abs().amax((1, 2))
-            assert apart.min() < 1e-3
-            used.add((i, apart.argmin().item()))
-    assert len(used) > 50  # of 128: all four captions of each
+            train.STAGES[name][0](TOY, work, "cpu")
+    assert found == {name: pytest.approx(pinned, rel=1e-3) for name, pinned in PINNED.items()}
 
 
 def test_every_stage_trains_once_and_writes_what_loads(work, tmp_path, monkeypatch):
-    fits, looks, fit, denoising_loss = {}, [], train.fit, train.denoising_loss
+    fits, fit = {}, train.fit
 
     def spy(name, network, *rest):
         before = copy.deepcopy(network.state_dict())
@@ -269,8 +142,6 @@ def test_every_stage_trains_once_and_writes_what_loads(work, tmp_path, monkeypat
         return fits[name][1]
 
     monkeypatch.setattr(train, "fit", spy)
-    monkeypatch.setattr(train, "denoising_loss", lambda *inputs: (
-        looks.append(inputs[-1]), denoising_loss(*inputs))[1])
     for config in (train.VAE_CONFIG, train.UNET_CONFIG):
         monkeypatch.setitem(config, "block_out_channels", [8, 8, 8])
         monkeypatch.setitem(config, "norm_num_groups", 4)
@@ -279,7 +150,7 @@ def test_every_stage_trains_once_and_writes_what_loads(work, tmp_path, monkeypat
         "train", "--out", str(out), "--work", str(work), "--device", "cpu"])
     train.main()
     assert list(fits) == ["vae", "clip", "classifier", "unet", "unet_dusk"]
-    assert looks == ["day", "dusk"] and not any((work / name).exists() for name in fits)
+    assert not any((work / name).exists() for name in fits)
     sd = sd_mini.load(out)
     written = {
         "vae": sd.vae, "clip": sd.text_encoder, "classifier": load_classifier(folder=out),
@@ -289,7 +160,7 @@ def test_every_stage_trains_once_and_writes_what_loads(work, tmp_path, monkeypat
         assert_same(network, copy.deepcopy(average).half().float())
     start = fits["unet_dusk"][0]
     assert all(torch.equal(tensor, sd.unet.state_dict()[key]) for key, tensor in start.items())
-    latents = sd.vae.encode(2 * data(work, "day", "dusk")[0] - 1)
+    latents = sd.vae.encode(2 * train.to_unit(train.dataset(work, "day")[0], "cpu") - 1)
     assert 0.7 < latents.std() < 1.4 and sd.sample(["a boat"], 0, 2).isfinite().all()
     fits.clear()
     (out / "unet/diffusion_pytorch_model.safetensors").unlink()
@@ -297,35 +168,27 @@ def test_every_stage_trains_once_and_writes_what_loads(work, tmp_path, monkeypat
     assert list(fits) == ["unet"]
 
 
-def test_fit_takes_adams_steps_at_its_rates_and_averages(tmp_path):
+def test_fit_takes_adams_steps_averages_and_goes_on_where_it_was_stopped(tmp_path):
     """Two steps down a slope, the first steep: gradients are clipped to norm 1."""
-    network = nn.Linear(1, 1, bias=False)
-    nn.init.zeros_(network.weight)
-    average = train.fit("slope", network, lambda generator: network.weight.sum() * (
-        1 if generator.initial_seed() else 1000), 2, 1.0, tmp_path, warmup=10)
+    steps = []
+
+    def fit():
+        network = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(network.weight)
+
+        def loss_of(generator):
+            steps.append(generator.initial_seed())
+            if steps == [0]:
+                os.kill(os.getpid(), signal.SIGINT)  # waits for the end of the step
+            return network.weight.sum() * (1 if steps[-1] else 1000)
+
+        return network, train.fit("slope", network, loss_of, 2, 1.0, tmp_path, warmup=10)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit()
+    network, average = fit()
     first = -0.1  # of a rate of 1 after 10 steps
     second = (1 - 0.01 * 0.1) * first - 0.2 / 2  # decayed; halfway through the cosine
     close(network.weight.data, torch.tensor([[second]]))
     close(average.weight.data, torch.tensor([[2 / 11 * 0.9 * first + 9 / 11 * second]]))
-
-
-def test_fit_goes_on_where_it_was_stopped(tmp_path):
-    def fit(work, stop=None):
-        torch.manual_seed(0)
-        network, steps = nn.Linear(3, 1), []
-
-        def loss_of(generator):
-            steps.append(generator.initial_seed())
-            if len(steps) == stop:
-                raise KeyboardInterrupt
-            return (network(torch.randn(8, 3, generator=generator)) - 1).square().mean()
-
-        average = train.fit("one", network, loss_of, 120, 0.05, work)
-        return steps, nn.ModuleList([network, average])
-
-    steps, networks = fit(tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "stopped", 110)
-    rest, again = fit(tmp_path / "stopped")
-    assert steps == list(range(120)) and rest == list(range(100, 120))
-    assert_same(again, networks)
+    assert steps == [0, 1]

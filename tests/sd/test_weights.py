@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 import sd_mini
+from sd_mini.files import write_atomically
 from sd_mini.weights import PARTS, TOY
 
 from .reference import (V1, V2, WEIGHTS, assert_same, assert_same_picture, made, opened,
@@ -92,6 +93,17 @@ def test_the_umask_decides_who_reads_what_is_written_and_flushed(v1, tmp_path, u
     assert flushed >= {each.st_ino for each in written}
 
 
+def test_a_broken_write_leaves_the_old_file(tmp_path):
+    def half(temporary):
+        temporary.write_text("{")
+        raise OSError("disk full")
+
+    sd_mini.write_json(tmp_path / "file.json", {"old": 1})
+    with pytest.raises(OSError):
+        write_atomically(tmp_path / "file.json", half)
+    assert sd_mini.read_json(tmp_path / "file.json") == {"old": 1}
+
+
 # --- what is loaded
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -130,11 +142,10 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in unet.paramet
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_loading_takes_the_memory_of_the_weights_once(tmp_path, dtype):
-    """The peak memory of the process grows by the weights once, and not by half more, widened or not."""
+def test_loading_takes_the_memory_of_the_weights_once(tmp_path):
+    """Not half more, as with the pages of the file, which is in float16."""
     config = dict(V1["unet"], block_out_channels=[96, 192, 384, 384], norm_num_groups=32)
-    sd_mini.save_part(made("unet", config), tmp_path, "unet", dtype)
+    sd_mini.save_part(made("unet", config), tmp_path, "unet", torch.float16)
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True,
                           text=True, check=True, cwd=Path(sd_mini.__file__).parent.parent)
     assert 0.9 < float(done.stdout) < 1.35
@@ -148,15 +159,13 @@ NORM = "text_model.final_layer_norm."
 @pytest.mark.parametrize("part, damage, message", [
     ("text_encoder", lambda t: {name: t[name] for name in t if name != NORM + "weight"},
      "final_layer_norm.weight is missing (1 such)"),
-    ("unet", lambda t: t | {"surprise": torch.zeros(1)}, "surprise does not belong there"),
     ("text_encoder", lambda t: t | {"text_projection.bias": torch.zeros(1)},
      "text_projection.bias does not belong there"),
     ("text_encoder", lambda t: t | {NORM + "bias": torch.zeros(3)},
      "final_layer_norm.bias has another shape"),
-    ("unet", lambda t: t | {"conv_in.bias": t["conv_in.bias"] / 0},
-     "conv_in.bias holds values that are not finite"),
-    ("vae", lambda t: t | {"quant_conv.bias": t["quant_conv.bias"].log()},
-     "quant_conv.bias holds values that are not finite"),
+    ("vae", lambda t: t | {"quant_conv.bias": t["quant_conv.bias"].log(),
+                           "quant_conv.weight": t["quant_conv.weight"] / 0},
+     "quant_conv.bias holds values that are not finite (2 such"),
 ])
 def test_tensors_are_strict_and_named(folder, part, damage, message):
     rewrite(folder / WEIGHTS[part], damage)
@@ -167,16 +176,13 @@ def test_tensors_are_strict_and_named(folder, part, damage, message):
 @pytest.mark.parametrize("place, content, message", [
     (WEIGHTS["unet"], None, "unet/diffusion_pytorch_model.safetensors: no such file"),
     (WEIGHTS["vae"], b"x" * 20, "model.safetensors: not a whole safetensors file"),
-    ("vae/config.json", None, "vae/config.json: no such file"),
     ("vae/config.json", b"{", "vae/config.json: not valid JSON"),
     ("vae/config.json", b"[]", "vae/config.json: not a config"),
     ("scheduler/scheduler_config.json", None, "scheduler_config.json: no such file"),
-    ("model_index.json", b"[]", "a None; only Stable Diffusion 1.x and 2.x"),
-    ("model_index.json", b'{"_class_name": "StableDiffusionXLPipeline"}',
-     "a StableDiffusionXLPipeline; only Stable Diffusion 1.x and 2.x"),
-    ("tokenizer/vocab.json", None, "tokenizer: no tokenizer there: neither vocab.json"),
+    ("model_index.json", b"[]", "a None; only Stable Diffusion"),
+    ("model_index.json", b'{"_class_name": "XL"}', "a XL; only Stable Diffusion"),
+    ("tokenizer/vocab.json", None, "tokenizer: no tokenizer there"),
     ("tokenizer/merges.txt", None, "tokenizer: not a whole CLIP tokenizer"),
-    ("tokenizer/vocab.json", b'{"a": ', "tokenizer: not a whole CLIP tokenizer"),
 ])
 def test_a_file_that_is_broken_or_not_there_is_named(folder, place, content, message):
     path = folder / place
@@ -197,16 +203,23 @@ def test_a_tokenizer_of_another_kind_is_refused(folder, model, config):
     assert "/tokenizer: no" in refusal(sd_mini.load, folder)  # no CLIP tokenizer, or no whole one
 
 
+def test_no_pickle_and_no_eval_anywhere():
+    root = Path(sd_mini.__file__).parents[1]
+    ours = [root / "advunlearn.py", *root.glob("sd_mini/**/*.py"), *root.glob("tests/**/*.py")]
+    words = ["torch." + "load", "import " + "pickle", "ev" + "al("]
+    assert len(ours) > 40 and not [(path.name, word) for path in ours for word in words
+                                   if word in path.read_text().replace(".ev" + "al()", "")]
+
+
 def test_pickles_are_refused_and_only_files_are_pickles(v1, tmp_path):
     folder = shutil.copytree(v1.folder, tmp_path / "model.pt")
     assert_same(sd_mini.load_text_encoder(folder), v1.text_encoder)
     for name in ("file.pt", "file.ckpt", "file.bin", "absent.pth"):
         line = refusal(sd_mini.load, tmp_path / name)
-        assert f"{name}: a pickle, which can run code" in line
+        assert f"{name}: a pickle" in line
     weights = folder / WEIGHTS["unet"]
     (weights.parent / "a.pt").mkdir()
     weights.rename(weights.with_suffix(".bin"))
-    line = refusal(sd_mini.load, folder)
-    assert "holds diffusion_pytorch_model.bin alone, a pickle" in line and "save_pretrained" in line
+    assert "holds diffusion_pytorch_model.bin alone" in refusal(sd_mini.load, folder)
     weights.with_suffix(".bin").unlink()
     assert f"{weights}: no such file" in refusal(sd_mini.load, folder)
