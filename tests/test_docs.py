@@ -117,7 +117,8 @@ CODE = "\n".join(path.read_text(encoding="utf-8") for path in (
     if path.name != "test_docs.py")
 FLAGS = {"--" + f.name.replace("_", "-") for f in fields(au.Config) if f.metadata}
 # What is in no code of ours.
-ELSEWHERE = {"HF_HOME", "attack_init", "condition_embd", "hardtanh", "forget.py", "--index-url"}
+ELSEWHERE = {"HF_HOME", "attack_init", "condition_embd", "fast_at", "hardtanh", "forget.py",
+             "--index-url"}
 
 
 @pytest.mark.parametrize("name", DOCS)
