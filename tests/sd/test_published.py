@@ -54,6 +54,7 @@ def test_a_hub_id_is_found_in_the_cache_or_said_not_to_be(v1, hub):
         assert_same(sd_mini.load_text_encoder(f"{source}:church_unlearned"), v1.text_encoder)
     for source in ("someone/else", f"{hub}@other"):
         assert "the hub cannot be reached" in refusal(sd_mini.load, source)
+    assert "the hub says" in refusal(sd_mini.load, "someone/no--name")
     assert "no such folder" in refusal(sd_mini.load, "nothing")
 
 
