@@ -133,7 +133,7 @@ def run_task(method, given):
         tasks[config.task](method, config)
         return 0
     except KeyboardInterrupt:
-        status, message = 130, "stopped; --resume, without --overwrite, goes on with it"
+        status, message = 130, "stopped; runs go on with --resume, without --overwrite"
     except ValueError as error:
         status, message = 2, error
     except torch.cuda.OutOfMemoryError:
