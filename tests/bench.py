@@ -8,7 +8,6 @@ picture through the UNet once. A backward through frozen weights is 1.07 of them
 Diffusion's own size need CUDA. They need no download: random weights cost what trained ones cost.
 """
 import argparse
-import copy
 import gc
 import math
 import platform
@@ -138,13 +137,9 @@ def in_turns(one, other, repeats=5):
     return f"{spread(ours)} s against {spread(theirs)} s: {ratio:.3g} times less"
 
 
-def side_by_side(one, other):
-    """An iteration of two (model, config)."""
-    return in_turns(lambda: iterations(*one)[0], lambda: iterations(*other)[0])
-
-
 def bank_against_fresh(sd, config):
-    return side_by_side((sd, config), (sd, replace(config, fresh_trajectories=True)))
+    fresh = replace(config, fresh_trajectories=True)
+    return in_turns(lambda: iterations(sd, config)[0], lambda: iterations(sd, fresh)[0])
 
 
 def v1():
@@ -201,14 +196,6 @@ def v1_iteration():
     return bank_against_fresh(v1(), AT_FULL_SIZE), "20 times less"
 
 
-def v1_compile():
-    """Seconds an iteration at full size on the GPU in bf16, with --compile and without."""
-    sd = v1()
-    compiled = replace(sd, unet=copy.deepcopy(sd.unet))
-    compiled.unet.compile()
-    return side_by_side((compiled, AT_FULL_SIZE), (sd, AT_FULL_SIZE)), "faster"
-
-
 def v1_memory():
     """Most GPU memory held at full size in bf16, retain batch 5, and with --low-memory; a run's
     bank of 243 retain prompts takes 2.4 GB more without it
@@ -228,7 +215,7 @@ def v1_memory():
 
 
 ROWS = {row.__name__: row for row in (
-    evaluations, evaluation, iteration, sampling, v1_iteration, v1_compile, v1_memory)}
+    evaluations, evaluation, iteration, sampling, v1_iteration, v1_memory)}
 
 
 def main():

@@ -1,13 +1,9 @@
 import json
-import math
-import multiprocessing
 import os
 import sys
-import tempfile
-from itertools import chain, pairwise
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the network
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tests run in two processes
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that each of several processes has a core
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -34,66 +30,6 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-# --- a large suite runs in two processes
-
-AT_A_TIME = 8
-
-
-def pytest_runtestloop(session):
-    """On Linux a second process takes part: each takes the next few tests until none is left.
-
-    It writes its reports to a file. The first process shows them at the end. Tests marked `long`
-    come first, so that no process has one left over.
-    """
-    config, items = session.config, session.items
-    small = len(items) < 50 or config.option.collectonly or session.testsfailed
-    if small or grades(config) or sys.platform != "linux":
-        return None  # as pytest does by itself
-    items.sort(key=lambda item: not item.get_closest_marker("long"))
-    turns, write_end = os.pipe()
-    os.write(write_end, bytes(range(math.ceil(len(items) / AT_A_TIME))))
-    os.close(write_end)
-    with tempfile.NamedTemporaryFile("w+") as reports:
-        fork = multiprocessing.get_context("fork")
-        second = fork.Process(target=second_process, args=(session, turns, reports))
-        second.start()
-        run(session, turns)
-        second.join()
-        reports.seek(0)
-        for line in reports:
-            data = json.loads(line)
-            report = config.hook.pytest_report_from_serializable(config=config, data=data)
-            config.hook.pytest_runtest_logreport(report=report)
-    if second.exitcode:
-        raise RuntimeError("the second process broke off: not all tests were run")
-    return True
-
-
-def run(session, turns):
-    taken = (item for turn in iter(lambda: os.read(turns, 1), b"")
-             for item in session.items[AT_A_TIME * turn[0] :][:AT_A_TIME])
-    for item, following in pairwise(chain(taken, [None])):
-        if not (session.shouldfail or session.shouldstop):
-            session.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
-
-
-def second_process(session, turns, reports):
-    """Run tests without a word, and write their reports."""
-    plugins, hook = session.config.pluginmanager, session.config.hook
-    plugins.unregister(name="terminalreporter")
-    capture = plugins.getplugin("capturemanager")
-    capture.stop_global_capturing()
-    capture.start_global_capturing()  # into files of its own
-
-    class Written:
-        def pytest_runtest_logreport(self, report):
-            data = hook.pytest_report_to_serializable(config=session.config, report=report)
-            print(json.dumps(data, default=str), file=reports, flush=True)
-
-    plugins.register(Written())
-    run(session, turns)
-
-
 # --- grading exercises
 
 def pytest_addoption(parser):
@@ -115,6 +51,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: not item.get_closest_marker("long"))
     if wanted := config.getoption("--exercise"):
         items[:] = [item for item in items if item.name.startswith(f"test_exercise[{wanted}-")]
 

@@ -1,13 +1,11 @@
-"""Wrong versions of the code: do the tests catch them?
+"""Wrong versions of the code, drawn at random: do the tests catch them?
 
-    python -m tests.mutants                      those listed here
-    python -m tests.mutants inversion            those whose description has this word
-    python -m tests.mutants --draw 30 --seed 1   30 drawn at random, which nobody listed
+    python -m tests.mutants 30 --seed 1
 
-Each is made in a copy of the project, and the tests of its room are run. One that is drawn changes
-one node of the syntax tree: a sign, a comparison, a constant, swapped arguments, a dropped
-statement, a result cut off from its gradient. What passes computes the same, or no test is about
-it. Minutes to hours; exit status 1 if any passed.
+Each is made in a copy of the project, and the tests of its room are run. It changes one node of the
+syntax tree: a sign, a comparison, a constant, swapped arguments, a dropped statement, a result cut
+off from its gradient. What passes computes the same, or no test is about it. A minute each; exit
+status 1 if any passed. Wrong versions that students write are in tests/coursework.
 """
 import argparse
 import ast
@@ -21,74 +19,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-A, E = "advunlearn.py", "sd_mini/lab/evaluation.py"
-DRAWN = [A, E, *(f"sd_mini/{path.name}" for path in sorted((ROOT / "sd_mini").glob("*.py")))]
+PAPER, EVALUATION = "advunlearn.py", "sd_mini/lab/evaluation.py"
+DRAWN = [PAPER, EVALUATION, *(f"sd_mini/{each.name}" for each in sorted(ROOT.glob("sd_mini/*.py")))]
 OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
             ast.And: ast.Or, ast.Or: ast.And, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
             ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot}
-
-MUTANTS = [  # what is wrong, in which file, what stands there once, the wrong text
-    ("ddpm loss: without noise in the picture", A,
-     "x_t = sd.schedule.add_noise(x_0, noise, t)", "x_t = x_0"),
-    ("erase loss: the target is the concept itself", A,
-     "esd_target(z.eps_c, z.eps_empty, config.eta)", "z.eps_c"),
-    ("erase loss: the prefix found is not used", A,
-     "context = encode_with_prefix(sd, ids[z.prompt], delta)\n\n",
-     "context = sd.encode_tokens(ids[z.prompt])\n\n"),
-    ("inner attack: gives the first prefix, not the last", A,
-     "            pass\n    return delta, losses", "            break\n    return delta, losses"),
-    ("inner attack: the radius has no effect", A,
-     "config.prefix, config.attack_radius)", "config.prefix)"),
-    ("inner attack: starts at tokens that are not legal", A,
-     "start = random_tokens(sd, (n, attack.k), generator)",
-     "start = torch.full((n, attack.k), sd.tokenizer.eos_token_id)"),
-    ("inner attack: gradients pile up", A,
-     "delta.grad = torch.autograd.grad(losses.sum(), delta)[0]", "losses.sum().backward()"),
-    ("token attack: the loss sees the soft mixture", A,
-     "loss_of(hard + (soft - soft.detach()), step)", "loss_of(soft, step)"),
-    ("token attack: the likeliest token instead of a draw", A,
-     "(p.detach().cumsum(-1) < u).sum(-1)", "p.detach().argmax(-1)"),
-    ("token attack: gives the tokens drawn, not the likeliest", A,
-     "yield legal[p.argmax(-1)]", "yield legal[drawn]"),
-    ("token attack: the decay is added to the gradient", A,
-     "torch.optim.AdamW([p], lr=", "torch.optim.Adam([p], lr="),
-    ("bank: drawn from without replacement", A,
-     "prompt = torch.randint(len(prompts), (n,), generator=generator)\n        run",
-     "prompt = torch.randperm(len(prompts), generator=generator)[:n]\n        run"),
-    ("fresh trajectories: of the model in training", A,
-     "draw_erase = source(sd_o, erase", "draw_erase = source(sd, erase"),
-    ("layers: the last instead of the first", A,
-     "layers[: config.layers or None]", "layers[-config.layers :]"),
-    ("training: changes the original model", A,
-     "copy.deepcopy(getattr(sd_o, part)).float()", "getattr(sd_o, part)"),
-    ("evaluation attack: pictures of the first rows once some drop out", A,
-     "ddpm_loss(sd, x_0[left]", "ddpm_loss(sd, x_0[: len(left)]"),
-    ("evaluation attack: its text lacks the prompt", A,
-     "texts = [f\"{front} {prompts[i]}\" for front", "texts = [front for front"),
-    ("ASR: over the attacked prompts alone", E,
-     "for d in details[kind]]\n        figures[",
-     "for d in details[kind] if not d[\"without_attack\"]]\n        figures["),
-    ("rates: any row's label counts", E,
-     "return [row.label in names for names, row in",
-     "return [any(r.label in names for r in rows) for names, row in"),
-    ("Frechet distance: of the model to itself", E,
-     "features(evaluation_set.original[\"utility\"])", "features(drawn[\"utility\"])"),
-    ("pictures: one seed for a batch", E,
-     "seed=[row.seed for row in batch]", "seed=[batch[0].seed for row in batch]"),
-    ("toy CLIP score: of the prompt's start, not its end", "sd_mini/lab/classifiers.py",
-     "end = ids.argmax(-1)  #", "end = ids.argmin(-1)  #"),
-    ("comparison: pooled rates are the mean of percentages, over too few", "sd_mini/lab/compare.py",
-     "n = sum(cell[\"n\"] for cell in cells)", "n = cells[0][\"n\"]"),
-    ("prompts: the retain set keeps the concept", "sd_mini/lab/prompts.py",
-     "zip(prompts, named) if not names]", "zip(prompts, named)]"),
-    ("schedule: beta is linear, not the square of a line", "sd_mini/schedule.py",
-     "torch.linspace(lo**0.5, hi**0.5, steps, dtype=torch.float32) ** 2",
-     "torch.linspace(lo, hi, steps, dtype=torch.float32)"),
-    ("schedule: DDIM keeps the noise of t", "sd_mini/schedule.py",
-     "(1 - prev).sqrt() * eps", "(1 - now).sqrt() * eps"),
-    ("guidance: from the concept instead of the empty prompt", "sd_mini/schedule.py",
-     "return eps_empty + guidance *", "return eps_c + guidance *"),
-]
 
 
 def wrong(node):
@@ -134,20 +69,11 @@ def drawn(n, seed):
         setattr(parent, field, right)
 
 
-def listed(word):
-    for what, file, right, wrong in MUTANTS:
-        source = (ROOT / file).read_text(encoding="utf-8")
-        if source.count(right) != 1:
-            raise ValueError(f"{what}: its text stands {source.count(right)} times in {file}")
-        if word in what:
-            yield what, file, source.replace(right, wrong)
-
-
 def tests_of(file):
     """Its room and the exercises', without the golden run, which is for what no test is about."""
-    if "/lab/" in file:
+    if file == EVALUATION:
         return ["tests/paper/test_evaluation.py", "tests/lab"]
-    room = ["tests/paper", "--ignore=tests/paper/test_golden.py"] if file == A else ["tests/sd"]
+    room = ["tests/paper", "--ignore=tests/paper/test_golden.py"] if file == PAPER else ["tests/sd"]
     return [*room, "tests/coursework/test_exercises.py"]
 
 
@@ -169,20 +95,18 @@ def passes(folder, file, source):
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
-    parser.add_argument("word", nargs="?", default="")
-    parser.add_argument("--draw", type=int)
+    parser.add_argument("n", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    mutants = [*(drawn(args.draw, args.seed) if args.draw else listed(args.word))]
     passed = 0
     with tempfile.TemporaryDirectory() as root:
         leave_out = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache")
         folder = Path(shutil.copytree(ROOT, Path(root) / "copy", ignore=leave_out))
-        for what, file, source in mutants:
+        for what, file, source in drawn(args.n, args.seed):
             through = passes(folder, file, source)
             passed += through
             print(f"{'PASSED' if through else 'caught'}  {Path(file).name:14} {what}", flush=True)
-    print(f"{len(mutants)} wrong versions, {passed} passed")
+    print(f"{args.n} wrong versions, {passed} passed")
     return int(passed > 0)
 
 

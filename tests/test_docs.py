@@ -50,7 +50,7 @@ def test_commands_of_the_method_run(tmp_path, monkeypatch):
 # What else is documented, and how to make it short. None: an hour of training, or this suite.
 OTHERS = {
     "python -m tests.bench": " evaluations", "python -m tests.coursework --out ../homework": "",
-    "pip install -r requirements.txt": None, "pytest": None, "python tests/versions.py": None,
+    "pip install -r requirements.txt": None, "pytest -n 2": None,
     "KILLS=20 pytest tests/lab/test_faults.py -k killed": None,
     "python -m sd_mini.toy.train --out my-toy": None, "python -m sd_mini.toy.train --check": None}
 

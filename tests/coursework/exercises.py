@@ -237,13 +237,14 @@ def attack_takes_adams_steps_from_the_start_tokens(s, seed):
 
     steps, start = run_embedding_attack(s, seed, loss_of, "embedding", 7, 0.03, 2)
     assert len(steps) == 7, f"{len(steps)} steps, expected 7"
-    close(steps[0][1], loss_of(start, 0),
-          "the losses before the first step: those of the start tokens' embeddings")
     delta = start.requires_grad_(True)
     adam = torch.optim.Adam([delta], lr=0.03)
-    for step, (found, _) in enumerate(steps):
+    for step, (found, losses) in enumerate(steps):
+        expected = loss_of(delta, step)
+        close(losses, expected, "the losses of each row before a step, at first those of the start "
+                                "tokens' embeddings")
         adam.zero_grad()
-        loss_of(delta, step).sum().backward()
+        expected.sum().backward()
         adam.step()
         close(found, delta, "delta after a step of Adam (do gradients pile up? is the loss a sum "
                             "over rows, of that step, counted from 0?)")
