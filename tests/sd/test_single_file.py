@@ -1,5 +1,6 @@
 """One file in the original layout: as the reference converts it, and read back as it was."""
 import copy
+import re
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from sd_mini import original
 from .reference import V1, V2, assert_same, made, refusal, rewrite, write_model
 
 TEXT = "cond_stage_model.transformer."
+OF_DIFFUSERS = re.compile(r"resnets|attentions|samplers|conv_shortcut|conv_norm|time_emb(edding|_p)"
+                          r"|group_norm|first_stage_model.*\.to_")
 EXTRA = {  # what the file of training code has besides
     name: torch.zeros(2) for name in (
         "model_ema.diffusion_modelinput_blocks00weight", "betas", "alphas_cumprod_prev",
@@ -46,6 +49,7 @@ def test_the_reference_converts_each_tensor_to_its_place(v1, layers):
         block = f"model.diffusion_model.output_blocks.{n * (layers + 1) - 1}"
         assert f"{block}.{place}.conv.weight" in tensors
     assert all(t.dim() in (1, 4) for k, t in tensors.items() if ".attn_1." in k)  # 1x1 convolutions
+    assert not any(map(OF_DIFFUSERS.search, tensors))  # which the reference lets through
 
 
 def of_others(tensors):
