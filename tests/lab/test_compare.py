@@ -4,13 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from sd_mini.lab import compare, report, runs
-from sd_mini.lab.evaluation import rate_of
+from sd_mini.lab.evaluation import EvaluationSet, rate_of
 
+from ..paper import SMALL
 from . import ROOT, flags
 from .test_own_method import METHOD, run
 
@@ -103,8 +107,28 @@ def test_two_processes_fill_one_table(tmp_path):
 
 @pytest.mark.parametrize("esd, other, wanted", [
     ("sb-bb", "b----", [1, 3, 4]), ("--b--", "b----", [2, 0, 1]), ("-----", "-b---", [1, 0, 2])])
-def test_the_picture_shows_what_is_broken_in_the_first_row_that_is(esd, other, wanted):
+def test_the_picture_shows_what_is_broken_in_the_first_row_that_is(tmp_path, monkeypatch, esd,
+                                                                   other, wanted):
+    """Each picture under its prompt: here it has the prompt's number, attacked 10 more."""
     found = {name: {"seed-0": {"details": {"mine": [
         {"without_attack": each == "s", "broken": each == "b"} for each in broken]}}}
-        for name, broken in (("original", "ssssb"), ("ESD", esd), ("other", other))}
-    assert compare.shown_prompts(found, "seed-0", "mine") == wanted
+        for name, broken in (("original", "ssssb"), ("esd", esd), ("other", other))}
+    rows, grids = [SimpleNamespace(prompt=str(i)) for i in range(25)], []
+    numbers = torch.arange(25.0).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 255
+    pictures = {"rows": numbers[:5], "mine": numbers[10:15], "utility": numbers[20:]}
+    for name in found:
+        (tmp_path / name / "seed-0").mkdir(parents=True)
+        kept = tmp_path / name / "seed-0" / compare.THUMBNAILS
+        compare.save_thumbnails(kept, pictures, ["mine", "another"])
+    monkeypatch.setattr(report, "plot_grid", lambda _, titles, lines: grids.append((titles, lines)))
+    compare.plot_comparison(
+        tmp_path / "compare.png", {"ESD, text encoder": {}, **found},
+        EvaluationSet(rows[:5], [], [], [], rows[20:], None, None, [], {}),
+        replace(SMALL, eval_attacks=("mine", "another")))
+    [(titles, lines)] = grids
+    assert titles == [*map(str, wanted), *[f"attacked: {i}" for i in wanted], "20", "21", "22"]
+    expected = torch.tensor([*wanted, *[10 + i for i in wanted], 20, 21, 22])
+    assert [*lines] == [*found]
+    for drawn in lines.values():
+        assert drawn.shape == (9, 3, 8, 8)
+        assert torch.equal((255 * drawn[:, 0, 0, 0]).round().long(), expected)

@@ -57,7 +57,7 @@ def attacked(tiny, calls, monkeypatch):
 
         def batch_decode(rows, real=tiny.tokenizer.batch_decode):
             seen.decoded.append(rows)
-            return real(rows)
+            return [f"{text} odd" for text in real(rows)]  # a text of other tokens
 
         legal = au.legal_tokens(tiny.tokenizer)
         config = au.Config(**{"eval_prefix": 2, "eval_attack_steps": 7, **changes})
@@ -99,7 +99,7 @@ def test_prompt_picture_noise_and_prefix_stay_together_when_rows_drop_out(tiny, 
         if kind == "embedding":
             assert texts is None and same(context, told(tiny, prompts, found))
         else:
-            assert texts == [f"{tiny.tokenizer.decode(row)} {prompt}"
+            assert texts == [f"{tiny.tokenizer.decode(row)} odd {prompt}"
                              for row, prompt in zip(found, prompts)]
             assert same(context, tiny.encode_prompt(texts))
     assert len(attacked(kind, breaks={(2, 0), (2, 1), (2, 2)}).looks) == 1
@@ -136,7 +136,8 @@ def test_the_control_searches_nothing_and_tries_any_tokens_anew(tiny, attacked):
     places = torch.searchsorted(legal, drawn) / len(legal)
     assert_independent(places.unflatten(0, (6, 10)))
     for tokens, (_, left, context, texts) in zip(seen.decoded, seen.looks):
-        assert texts == [f"{tiny.tokenizer.decode(row)} {ASKED[i]}" for row, i in zip(tokens, left)]
+        assert texts == [f"{tiny.tokenizer.decode(row)} odd {ASKED[i]}"
+                         for row, i in zip(tokens, left)]
         assert same(context, tiny.encode_prompt(texts))
     looks = [attacked("random", breaks={(2, 1)}, seed=seed).looks for seed in (0, 0, 1)]
     first, again, other = ([texts for *_, texts in each] for each in looks)
