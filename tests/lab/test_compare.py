@@ -4,17 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
-from sd_mini.lab import compare, report, runs
-from sd_mini.lab.evaluation import EvaluationSet, rate_of
+from sd_mini.lab import compare, experiment, report, runs
+from sd_mini.lab.evaluation import rate_of
 
-from ..paper import SMALL
 from . import ROOT, flags
 from .test_own_method import METHOD, run
 
@@ -26,20 +23,18 @@ def read(path):
 
 
 def table(out):
-    """{row: {column: cell}} of a comparison's table, without the minutes that it took."""
+    """{row: {column: cell}} of a comparison's table."""
     with open(out / "table.csv", newline="") as file:
-        rows = [*csv.DictReader(file)]
-    return {row.pop("method"): {column: cell for column, cell in row.items()
-                                if column != "training minutes"} for row in rows}
+        return {row.pop("method"): row for row in csv.DictReader(file)}
 
 
 def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
         drawn, tmp_path, monkeypatch, capsys):
     """A row that another process is at work on joins the table later. Each names its commit.
 
-    A second seed joins the table, too; other settings do not.
+    In compare.png pictures are below their prompts. A second seed joins; other settings do not.
     """
-    trained, out = [], tmp_path / "table"
+    trained, grids, plot, out = [], [], report.plot_grid, tmp_path / "table"
 
     def train(sd_o, erase, retain, config, folder):
         trained.append(config)
@@ -47,6 +42,9 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
 
     method, words = METHOD._replace(train=train), [*COMPARE, out]
     monkeypatch.setattr(report, "commit", lambda: f"commit {len(trained)}")
+    monkeypatch.setattr(experiment, "time", SimpleNamespace(time=lambda: 90 * len(trained)))
+    monkeypatch.setattr(report, "plot_grid", lambda *given: grids.append(given) or plot(*given))
+    monkeypatch.setattr(compare, "shown_prompts", lambda *_: [1, 0])
     with runs.locked(out / "mine+_weak/seed-0"):
         assert run(*words, method=method) == 0
     assert "mine, weak: left to the process" in capsys.readouterr().out
@@ -54,6 +52,7 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
     assert run(*words, method=method) == 0
     assert {name: row["commits"] for name, row in table(out).items()} == {
         "original": "commit 0", "mine": "commit 1", "mine, weak": "commit 2"}
+    assert [row["training minutes"] for row in table(out).values()] == ["", "1.50", "1.50"]
     assert [(c.strength, c.lr, c.seed, c.eval_attacks) for c in trained] == [
         (1.0, 0.02, 0, ("mine", "all")), (0.1, 0.001, 0, ("mine", "all"))]
     lines = capsys.readouterr().out.splitlines()
@@ -62,6 +61,7 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
         "original", "mine", "mine, weak"] and all(len(line) <= 80 for line in lines)
     assert (out / "compare.png").stat().st_size > 5000
 
+    _, titles, lines = grids[-1]
     for name, folder in (("original", "original"), ("mine", "mine"), ("mine, weak", "mine+_weak")):
         at = out / folder / "seed-0"
         kept, results = load_file(at / "pictures.safetensors"), read(at / "results.json")
@@ -69,6 +69,10 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
         for part, front in (("rows", ""), ("mine", "red boat "), ("utility", "")):
             pictures = 255 * drawn(at, details[part], front)
             assert (kept[part] - pictures.round()).abs().max() <= 1, (name, part)
+        shown = [*kept["rows"].flip(0), *kept["mine"].flip(0), *kept["utility"]]
+        assert all((255 * a - b).abs().max() < 1 for a, b in zip(lines[name], shown, strict=True))
+    first, second, *others = (d["prompt"] for part in ("rows", "utility") for d in details[part])
+    assert titles == [second, first, f"attacked: {second}", f"attacked: {first}", *others]
 
     assert run(*words, method=method) == 0 and len(trained) == 2
     text = (at / "results.json").read_text()  # as if "mine, weak" had been run with 9 steps
@@ -107,28 +111,8 @@ def test_two_processes_fill_one_table(tmp_path):
 
 @pytest.mark.parametrize("esd, other, wanted", [
     ("sb-bb", "b----", [1, 3, 4]), ("--b--", "b----", [2, 0, 1]), ("-----", "-b---", [1, 0, 2])])
-def test_the_picture_shows_what_is_broken_in_the_first_row_that_is(tmp_path, monkeypatch, esd,
-                                                                   other, wanted):
-    """Each picture under its prompt: here it has the prompt's number, attacked 10 more."""
+def test_the_picture_shows_what_is_broken_in_the_first_row_that_is(esd, other, wanted):
     found = {name: {"seed-0": {"details": {"mine": [
         {"without_attack": each == "s", "broken": each == "b"} for each in broken]}}}
-        for name, broken in (("original", "ssssb"), ("esd", esd), ("other", other))}
-    rows, grids = [SimpleNamespace(prompt=str(i)) for i in range(25)], []
-    numbers = torch.arange(25.0).view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / 255
-    pictures = {"rows": numbers[:5], "mine": numbers[10:15], "utility": numbers[20:]}
-    for name in found:
-        (tmp_path / name / "seed-0").mkdir(parents=True)
-        kept = tmp_path / name / "seed-0" / compare.THUMBNAILS
-        compare.save_thumbnails(kept, pictures, ["mine", "another"])
-    monkeypatch.setattr(report, "plot_grid", lambda _, titles, lines: grids.append((titles, lines)))
-    compare.plot_comparison(
-        tmp_path / "compare.png", {"ESD, text encoder": {}, **found},
-        EvaluationSet(rows[:5], [], [], [], rows[20:], None, None, [], {}),
-        replace(SMALL, eval_attacks=("mine", "another")))
-    [(titles, lines)] = grids
-    assert titles == [*map(str, wanted), *[f"attacked: {i}" for i in wanted], "20", "21", "22"]
-    expected = torch.tensor([*wanted, *[10 + i for i in wanted], 20, 21, 22])
-    assert [*lines] == [*found]
-    for drawn in lines.values():
-        assert drawn.shape == (9, 3, 8, 8)
-        assert torch.equal((255 * drawn[:, 0, 0, 0]).round().long(), expected)
+        for name, broken in (("original", "ssssb"), ("ESD", esd), ("other", other))}
+    assert compare.shown_prompts(found, "seed-0", "mine") == wanted

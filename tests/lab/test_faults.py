@@ -128,10 +128,8 @@ def test_a_record_knows_every_setting_on_which_a_figure_depends():
 
 def test_a_run_is_resumed_with_the_same_inputs_alone_or_begun_anew(tmp_path, write, monkeypatch,
                                                                    capsys):
-    def stop(*given, evaluate=experiment.evaluate):
-        if given[-1].name == "erased":
-            raise KeyboardInterrupt
-        return evaluate(*given)
+    def stop(*arguments):
+        raise KeyboardInterrupt
 
     out, retain = tmp_path / "run", "prompt\na tree\na boat\n"
     words = ["--retain-set", write(retain), "--out", out]
@@ -148,13 +146,11 @@ def test_a_run_is_resumed_with_the_same_inputs_alone_or_begun_anew(tmp_path, wri
         refused("other prompts to erase and retain", "--resume")
     write(retain)
     assert run(*words, "--resume") == 0 and finished(out)
-    assert "minutes" not in (out / "results.json").read_text()  # nobody measured the first half
     assert run(*words, "--resume") == 0 and "is finished" in capsys.readouterr().out
     refused("--resume goes on with it")
     (out / "unet").mkdir()
     assert run(*words, "--overwrite", "--classifier", "none") == 0
     assert finished(out) == {} and not (out / "unet").exists()
-    assert "minutes" in (out / "results.json").read_text()
 
 
 def test_erasing_alone_needs_weights_and_a_folder_that_nobody_uses(tmp_path, monkeypatch):

@@ -69,9 +69,13 @@ def test_it_gets_a_command_line():
 
 
 def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, monkeypatch, capsys):
-    """A run stopped at the erased model's attack does not attack the original again."""
+    """A run stopped at the erased model's attack does not attack the original again.
+
+    How long its training took nobody knows. In samples.png pictures stand below their prompts.
+    """
     asked, stop, out, images = [], [True], tmp_path / "run", tmp_path / "images"
-    before, singles = sd_mini.fingerprint(sd.text_encoder), []
+    before, plot, shown = sd_mini.fingerprint(sd.text_encoder), report.plot_grid, {}
+    singles, grids = [], []
 
     def attack(sd, prompts, pictures, look, config):
         erased = sd_mini.fingerprint(sd.text_encoder) != before
@@ -83,6 +87,7 @@ def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, mo
 
     monkeypatch.setattr(evaluation, "shown", lambda classifier, pictures, rows: [False] * len(rows))
     monkeypatch.setattr(sd_mini, "save_single_file", lambda sd, path: singles.append(sd))
+    monkeypatch.setattr(report, "plot_grid", lambda *given: grids.append(given) or plot(*given))
     method = METHOD._replace(attacks={"mine": lab.EvalAttack(attack)})
     flags = ["--out", out, "--resume", "--save-images", images, "--save-pipeline",
              "--save-single-file"]
@@ -97,16 +102,21 @@ def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, mo
         sd_mini.load_text_encoder(out / "text_encoder")) != before
 
     results = json.loads((out / "results.json").read_text())
-    assert results["config"]["lr"] == 0.02
+    assert results["config"]["lr"] == 0.02 and "minutes" not in results["results"]["erased"]
+    [(_, titles, lines)] = grids
     for name, folder, word in (("original", tmp_path, "blue "), ("erased", out, "red ")):
         details = results["results"][name]["details"]
         for part, front in (("rows", ""), ("neighbours", ""), ("utility", ""), ("mine", word)):
             assert len(details[part]) == 2
-            for picture, path in zip(drawn(folder, details[part], front),
-                                     sorted((images / name / part).iterdir())):
+            shown[part] = drawn(folder, details[part], front)
+            for picture, path in zip(shown[part], sorted((images / name / part).iterdir())):
                 kept = torch.tensor(matplotlib.image.imread(path)[..., :3]).permute(2, 0, 1)
                 assert (kept - picture).abs().max() < 0.01, (name, part)
         assert all(d["adversarial_prompt"] == word + d["prompt"] for d in details["mine"])
+        expected = torch.cat([shown["rows"], shown["utility"]])
+        assert (torch.stack(lines[name]) - expected).abs().max() < 1e-3
+    assert (torch.stack(lines["mine attack"][:2]) - shown["mine"]).abs().max() < 1e-3  # of erased
+    assert titles == [d["prompt"] for part in ("rows", "utility") for d in details[part]]
     targets = drawn(tmp_path, details["rows"])
     assert [erased for erased, _ in asked] == [False, True]
     assert all((pictures - targets).abs().max() < 0.01 for _, pictures in asked)

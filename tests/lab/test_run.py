@@ -85,6 +85,15 @@ def test_a_picture_that_cannot_be_drawn_is_a_warning(capsys):
     assert capsys.readouterr().err.startswith("warning: x.png")
 
 
+def test_a_loss_stands_at_its_iteration_as_does_the_mean_of_it_and_19_before(monkeypatch):
+    axes = []
+    monkeypatch.setattr(report.Figure, "savefig", lambda figure, *_, **__: axes.extend(figure.axes))
+    report.plot_losses("x.png", [{"a": i if i > 4 else None, "b": None} for i in range(60)])
+    [(x, losses), (at, means)] = (line.get_data() for axis in axes for line in axis.lines)
+    assert (x[-1], at[0], at[-1]) == (59, 19, 59)
+    assert (losses[5:] == x[5:]).all() and means[5:] == pytest.approx(at[5:] - 9.5)
+
+
 def test_a_log_file_has_a_line_a_minute(monkeypatch, capsys):
     """Of bars in one another: steps of five seconds for twenty minutes."""
     now = [0]

@@ -87,12 +87,6 @@ def test_legal_tokens_are_those_that_survive_as_text(sd):
         assert sd.tokenizer(sd.tokenizer.decode([i])).input_ids[1:-1] == [i]
 
 
-def test_random_tokens_are_any_legal_ones_and_others_at_each_place(tiny, generator):
-    legal, drawn = au.legal_tokens(tiny.tokenizer), au.random_tokens(tiny, (40, 6, 20), generator)
-    assert same(drawn.unique(), legal)
-    assert_independent(torch.searchsorted(legal, drawn) / len(legal))
-
-
 def test_p_descends_by_adamw_and_projection_on_the_gradient_at_tokens_drawn(stepped, monkeypatch,
                                                                            generator):
     """The gradient is that of p E, unclipped; what is yielded is likeliest after the step."""

@@ -38,8 +38,8 @@ def attacked(tiny, calls, monkeypatch):
                 delta, found = torch.randn(2, n, attack.k, WIDTH, generator=draws)
                 loss = loss_of(delta.requires_grad_(), step)
                 assert loss.requires_grad
-                if attack.kind == "token":
-                    found = legal[torch.randint(len(legal), (n, attack.k), generator=draws)]
+                if attack.kind == "token":  # of any tokens: as text many are others
+                    found = torch.randint(len(tiny.tokenizer), (n, attack.k), generator=draws)
                 seen.tried.append((delta, found))
                 yield found, loss
 
@@ -57,7 +57,7 @@ def attacked(tiny, calls, monkeypatch):
 
         def batch_decode(rows, real=tiny.tokenizer.batch_decode):
             seen.decoded.append(rows)
-            return [f"{text} odd" for text in real(rows)]  # a text of other tokens
+            return real(rows)
 
         legal = au.legal_tokens(tiny.tokenizer)
         config = au.Config(**{"eval_prefix": 2, "eval_attack_steps": 7, **changes})
@@ -99,7 +99,7 @@ def test_prompt_picture_noise_and_prefix_stay_together_when_rows_drop_out(tiny, 
         if kind == "embedding":
             assert texts is None and same(context, told(tiny, prompts, found))
         else:
-            assert texts == [f"{tiny.tokenizer.decode(row)} odd {prompt}"
+            assert texts == [f"{tiny.tokenizer.decode(row)} {prompt}"
                              for row, prompt in zip(found, prompts)]
             assert same(context, tiny.encode_prompt(texts))
     assert len(attacked(kind, breaks={(2, 0), (2, 1), (2, 2)}).looks) == 1
@@ -119,25 +119,16 @@ def test_each_row_and_step_has_a_t_and_a_noise_of_its_own_by_the_seed(attacked, 
     assert same(t, again) and not same(t, other) and not same(noise, other_noise)
 
 
-@pytest.mark.parametrize("steps, looks", [(7, 3), (10, 4), (5, 5), (6, 1), (11, 10)])
-def test_looks_are_even_and_end_with_the_last_step(attacked, steps, looks):
-    at = [step for step, *_ in attacked("random", eval_attack_steps=steps, eval_looks=looks).looks]
-    apart = [after - before for before, after in zip([0, *at], at)]
-    assert len(at) == looks and at[-1] == steps and max(apart) - min(apart) <= 1
-
-
 def test_the_control_searches_nothing_and_tries_any_tokens_anew(tiny, attacked):
-    """At each look, for each prompt, at each place."""
-    seen = attacked("random", eval_prefix=3, eval_attack_steps=60, eval_looks=60)
-    assert not seen.losses and len(seen.looks) == 60
+    """At each look, for each prompt, at each place, any legal ones."""
+    seen = attacked("random", eval_prefix=3, eval_attack_steps=200, eval_looks=200)
+    assert not seen.losses and len(seen.looks) == 200
     legal, drawn = au.legal_tokens(tiny.tokenizer), torch.stack(seen.decoded)
-    assert drawn.shape == (60, 3, 3) and torch.isin(drawn, legal).all()
-    assert len(drawn.unique()) > 0.9 * len(legal)
+    assert drawn.shape == (200, 3, 3) and same(drawn.unique(), legal)
     places = torch.searchsorted(legal, drawn) / len(legal)
-    assert_independent(places.unflatten(0, (6, 10)))
+    assert_independent(places.unflatten(0, (10, 20)))
     for tokens, (_, left, context, texts) in zip(seen.decoded, seen.looks):
-        assert texts == [f"{tiny.tokenizer.decode(row)} odd {ASKED[i]}"
-                         for row, i in zip(tokens, left)]
+        assert texts == [f"{tiny.tokenizer.decode(row)} {ASKED[i]}" for row, i in zip(tokens, left)]
         assert same(context, tiny.encode_prompt(texts))
     looks = [attacked("random", breaks={(2, 1)}, seed=seed).looks for seed in (0, 0, 1)]
     first, again, other = ([texts for *_, texts in each] for each in looks)

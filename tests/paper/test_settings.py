@@ -87,9 +87,10 @@ def test_what_would_fail_later_is_refused_before_any_work(tiny, calls):
     assert size == 4 * 3 * (5 + 6) * 7 * 4 * 2 * 2
     check(tiny, short, full, replace(SMALL, prefix=room + 1, fresh_trajectories=True))
     assert not seen
-    for erased, retained, changes in (([word], short, dict(prefix=room + 1)),
-                                      (short, long, {}), (short, short, dict(layers=4))):
-        with pytest.raises(ValueError):
+    for erased, retained, changes, named in (
+            ([word], short, dict(prefix=room + 1), "exceeds"), (short, long, {}, "exceeds"),
+            (short, short, dict(layers=4), "--layers 4: this text encoder has 3")):
+        with pytest.raises(ValueError, match=named):
             check(tiny, erased, retained, replace(SMALL, **changes))
 
 

@@ -37,7 +37,8 @@ V1 = {
 }
 V2 = {
     "vae": V1["vae"],
-    "scheduler": {**SCHEDULER, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction"},
+    "scheduler": {**SCHEDULER, "_class_name": "DDIMScheduler", "prediction_type": "v_prediction",
+                  "timestep_spacing": "linspace"},  # where a step does not end at the next one
     "text_encoder": {**V1["text_encoder"], "hidden_act": "gelu"},
     "unet": dict(V1["unet"], attention_head_dim=[2, 4, 8, 8], use_linear_projection=True)}
 

@@ -46,11 +46,11 @@ def test_a_part_is_read_back_bit_for_bit(part, tmp_path):
 
 @pytest.mark.parametrize("configs", [V1, V2], ids=["1.x", "2.x"])
 def test_a_saved_model_opens_in_the_reference_and_draws_the_same_and_back(configs, tmp_path):
-    """From a read-only folder; with a text encoder that is another than the folder's."""
+    """From a read-only folder; with networks that are others than the folder's."""
     first = write_model(tmp_path / "first", configs)
     for path in (*first.folder.rglob("*"), first.folder):
         path.chmod(path.stat().st_mode & 0o555)
-    sd = replace(first, text_encoder=made("text_encoder", configs["text_encoder"], seed=1))
+    sd = replace(first, **{part: made(part, configs[part], seed=1) for part in PARTS})
     for _ in range(2):
         sd_mini.save_pipeline(sd, tmp_path / "saved")
     assert all(path.stat().st_mode & 0o200 for path in (tmp_path / "saved").rglob("*"))
