@@ -164,7 +164,7 @@ def test_figures_are_those_of_the_results():
     (about, *methods), rows = tables(DOCS["README.md"], "church, seed")
     for title, *cells in rows:
         assert cells == [results["church"][method][title] for method in methods], title
-    assert {*re.findall(r"\d", about)} == {*results["church"]["AdvUnlearn"]["seeds"].split()}
+    assert {*re.findall(r"\d+", about)} == {*results["church"]["AdvUnlearn"]["seeds"].split()}
     (_, *columns), rows = tables(DOCS["sd_mini/lab/README.md"], "%: ESD, AdvUnlearn")
     for concept, *cells in rows:
         rows = [results[concept.replace(" ", "_")][method] for method in ("ESD", "AdvUnlearn")]
