@@ -55,7 +55,7 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
     assert [row["training minutes"] for row in table(out).values()] == ["", "1.50", "1.50"]
     assert [(c.strength, c.lr, c.seed, c.eval_attacks) for c in trained] == [
         (1.0, 0.02, 0, ("mine", "all")), (0.1, 0.001, 0, ("mine", "all"))]
-    lines = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.replace(str(tmp_path), "").splitlines()
     [head] = [i for i, line in enumerate(lines) if line.split()[:4] == ["%", "pre", "min", "all"]]
     assert [line.split("  ")[0] for line in lines[head + 1 :]][:3] == [
         "original", "mine", "mine, weak"] and all(len(line) <= 80 for line in lines)
