@@ -2,14 +2,11 @@
 
     python -m tests.mutants 30 --seed 1
 
-Each is made in a copy of the project, and the tests of its room are run. It changes one node of the
-syntax tree: a sign, a comparison, a constant, swapped arguments, a dropped statement, a result cut
-off from its gradient. What passes computes the same, or no test is about it. A minute each; exit
-status 1 if any passed. Wrong versions that students write are in tests/coursework.
+Each changes one node of the syntax tree, in a copy of the project. The tests of its room are run.
+What passes computes the same, or no test is about it. A minute each; exit status 1 if any passed.
 """
 import argparse
 import ast
-import copy
 import os
 import random
 import shutil
@@ -18,97 +15,73 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-PAPER, EVALUATION = "advunlearn.py", "sd_mini/lab/evaluation.py"
-DRAWN = [PAPER, EVALUATION, *(f"sd_mini/{each.name}" for each in sorted(ROOT.glob("sd_mini/*.py")))]
-OPPOSITE = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-            ast.And: ast.Or, ast.Or: ast.And, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE,
-            ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Is: ast.IsNot}
+ROOT, EXERCISES = Path(__file__).resolve().parents[1], "tests/coursework/test_exercises.py"
+ROOMS = {  # file -> its tests, without the golden run, which is for what no test is about
+    "advunlearn.py": ["tests/paper", "--ignore=tests/paper/test_golden.py", EXERCISES],
+    "sd_mini/lab/evaluation.py": ["tests/paper/test_evaluation.py", "tests/lab"],
+    **{f"sd_mini/{each.name}": ["tests/sd", EXERCISES] for each in ROOT.glob("sd_mini/*.py")}}
+PAIRS = [(ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.And, ast.Or), (ast.Lt, ast.LtE),
+         (ast.Gt, ast.GtE), (ast.Eq, ast.NotEq), (ast.Is, ast.IsNot)]
+OPPOSITE = {one: other for pair in PAIRS for one, other in (pair, pair[::-1])}
 
 
 def wrong(node):
-    """What may stand in the place of a node of the syntax tree; itself if nothing is tried."""
-    new = copy.deepcopy(node)
-    if isinstance(node, (ast.BinOp, ast.BoolOp)) and type(node.op) in OPPOSITE:
-        new.op = OPPOSITE[type(node.op)]()
-    elif isinstance(node, ast.Compare) and type(node.ops[0]) in OPPOSITE:
-        new.ops[0] = OPPOSITE[type(node.ops[0])]()
-    elif isinstance(node, ast.UnaryOp):
-        return node.operand
-    elif isinstance(node, ast.Constant) and isinstance(node.value, (bool, int, float)):
-        new.value = not node.value if isinstance(node.value, bool) else node.value + 1
-    elif isinstance(node, ast.Call) and len(node.args) > 1:
-        new.args[:2] = reversed(new.args[:2])
-    elif isinstance(node, (ast.AugAssign, ast.If)) or (
-            isinstance(node, ast.Expr) and not isinstance(node.value, ast.Constant)):
-        return ast.Pass()
-    elif isinstance(node, ast.Return) and isinstance(node.value, ast.Call):
-        new.value = ast.Call(ast.Attribute(new.value, "detach", ast.Load()), [], [])
-    return new
+    """What may stand in the place of a node; None where nothing is tried."""
+    match node:
+        case ast.Constant(bool(x)):
+            return ast.Constant(not x)
+        case ast.Constant(int(x) | float(x)):
+            return ast.Constant(x + 1)
+        case ast.UnaryOp(_, x):
+            return x
+        case ast.Call(f, [a, b, *others], named):
+            return ast.Call(f, [b, a, *others], named)
+        case ast.Return(ast.Call() as x):
+            return ast.Return(ast.Call(ast.Attribute(x, "detach", ast.Load()), [], []))
+        case ast.AugAssign() | ast.If() | ast.Expr(ast.Call() | ast.Yield()):
+            return ast.Pass()
+    return OPPOSITE[type(node)]() if type(node) in OPPOSITE else None
 
 
-def places(file):
-    """(file, tree, parent, field, i, node, what may stand there) for each of its nodes."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
-    for parent in ast.walk(tree):
-        for field, value in ast.iter_fields(parent):
-            for i, node in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(node, ast.AST) and ast.dump(new := wrong(node)) != ast.dump(node):
-                    yield file, tree, parent, field, i, node, new
+class Mutant(ast.NodeTransformer):
+    """Puts something wrong in place number `at`, and counts the places."""
 
+    at, places = None, 0
 
-def drawn(n, seed):
-    """n wrong versions at random -> (description, file, source)."""
-    everywhere = [place for file in DRAWN for place in places(file)]
-    for file, tree, parent, field, i, node, new in random.Random(seed).sample(everywhere, n):
-        right = getattr(parent, field)
-        wrong = [*right[:i], new, *right[i + 1 :]] if isinstance(right, list) else new
-        what = f"{node.lineno}: {ast.unparse(node)}  ->  {ast.unparse(new)}"
-        setattr(parent, field, wrong)
-        yield what, file, ast.unparse(ast.fix_missing_locations(tree))
-        setattr(parent, field, right)
-
-
-def tests_of(file):
-    """Its room and the exercises', without the golden run, which is for what no test is about."""
-    if file == EVALUATION:
-        return ["tests/paper/test_evaluation.py", "tests/lab"]
-    room = ["tests/paper", "--ignore=tests/paper/test_golden.py"] if file == PAPER else ["tests/sd"]
-    return [*room, "tests/coursework/test_exercises.py"]
-
-
-def passes(folder, file, source):
-    """Do its tests pass in the copy `folder`, with this source?"""
-    right = (folder / file).read_text(encoding="utf-8")
-    (folder / file).write_text(source, encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider",
-               *tests_of(file)]
-    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-    try:
-        return not subprocess.run(command, cwd=folder, capture_output=True, timeout=1200,
-                                  env=environment).returncode
-    except subprocess.TimeoutExpired:  # it hangs, as nobody can overlook
-        return False
-    finally:
-        (folder / file).write_text(right, encoding="utf-8")
+    def visit(self, node):
+        self.generic_visit(node)
+        new = wrong(node)
+        self.places += new is not None
+        return new if new and self.places == self.at else node
 
 
 def main():
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("n", type=int)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    passed = 0
-    with tempfile.TemporaryDirectory() as root:
-        leave_out = shutil.ignore_patterns(".git", "runs", "__pycache__", ".pytest_cache")
-        folder = Path(shutil.copytree(ROOT, Path(root) / "copy", ignore=leave_out))
-        for what, file, source in drawn(args.n, args.seed):
-            through = passes(folder, file, source)
-            passed += through
-            print(f"{'PASSED' if through else 'caught'}  {Path(file).name:14} {what}", flush=True)
+    args, passed, everywhere = parser.parse_args(), 0, []
+    sources = {f: ast.unparse(ast.parse((ROOT / f).read_text("utf-8"))) for f in sorted(ROOMS)}
+    for file, source in sources.items():
+        (mutant := Mutant()).visit(ast.parse(source))
+        everywhere += [(file, at + 1) for at in range(mutant.places)]
+    with tempfile.TemporaryDirectory() as copy:
+        ignored = shutil.ignore_patterns(".git", "runs")
+        shutil.copytree(ROOT, copy, ignore=ignored, dirs_exist_ok=True)
+        for file, mutant.at in random.Random(args.seed).sample(everywhere, args.n):
+            mutant.places, right = 0, sources[file]
+            new = ast.unparse(ast.fix_missing_locations(mutant.visit(ast.parse(right))))
+            Path(copy, file).write_text(new, "utf-8")
+            tests = [sys.executable, "-Bm", "pytest", "-qx", *ROOMS[file]]
+            failed = subprocess.run(tests, cwd=copy, capture_output=True).returncode
+            Path(copy, file).write_text(right, "utf-8")
+            passed += not failed
+            i = len(os.path.commonprefix([right, new]))
+            print("caught" if failed else "PASSED", file, *(
+                repr(text[max(0, i - 40) : i + 40]) for text in (right, new)), sep="\n    ",
+                flush=True)
     print(f"{args.n} wrong versions, {passed} passed")
-    return int(passed > 0)
+    sys.exit(passed > 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -53,8 +53,8 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
     assert {name: row["commits"] for name, row in table(out).items()} == {
         "original": "commit 0", "mine": "commit 1", "mine, weak": "commit 2"}
     assert [row["training minutes"] for row in table(out).values()] == ["", "1.50", "1.50"]
-    assert [(c.strength, c.lr, c.seed, c.eval_attacks) for c in trained] == [
-        (1.0, 0.02, 0, ("mine", "all")), (0.1, 0.001, 0, ("mine", "all"))]
+    assert [(c.lr, c.seed, c.eval_attacks) for c in trained] == [
+        (1e-3, 0, ("mine", "all")), (1e-4, 0, ("mine", "all"))]
     lines = capsys.readouterr().out.replace(str(tmp_path), "").splitlines()
     [head] = [i for i, line in enumerate(lines) if line.split()[:4] == ["%", "pre", "min", "all"]]
     assert [line.split("  ")[0] for line in lines[head + 1 :]][:3] == [
@@ -78,7 +78,7 @@ def test_each_row_is_trained_drawn_and_attacked_as_itself_and_done_once(
     text = (at / "results.json").read_text()  # as if "mine, weak" had been run with 9 steps
     (at / "results.json").write_text(text.replace('"eval_steps": 1,', '"eval_steps": 9,'))
     assert run(*words, "--seed", "1", "--methods", "mine", "original", method=method) == 0
-    assert [c.seed for c in trained] == [0, 0, 1] and trained[2].strength == 1.0
+    assert [c.seed for c in trained] == [0, 0, 1] and trained[2].lr == 1e-3
     assert f"{at}, run with eval_steps 9 -> 1" in capsys.readouterr().out
     rows = table(out)
     assert {name: row["seeds"] for name, row in rows.items()} == {"original": "0 1", "mine": "0 1"}
@@ -99,7 +99,7 @@ def test_pooled_rates_and_their_intervals_are_of_all_prompts_of_all_seeds():
 def test_two_processes_fill_one_table(tmp_path):
     """The same command twice at once, one as if by a launcher."""
     code = "from tests.lab.test_own_method import METHOD, lab; lab.main(METHOD)"
-    words = ["--methods", "original", "mine", *COMPARE, tmp_path]
+    words = ["--steps", "4", "--methods", "original", "mine", *COMPARE, tmp_path]
     other = subprocess.Popen([sys.executable, "-c", code, *flags(), *words], cwd=ROOT, text=True,
                              env={**os.environ, "RANK": "1", "WORLD_SIZE": "2"},
                              stdout=subprocess.PIPE)

@@ -1,7 +1,6 @@
-"""Somebody's own method gets all that the lab has. It is cheap: other tests take it, too."""
-import copy
+"""The tutorial's own method gets all that the lab has. It is cheap: other tests take it, too."""
 import json
-from dataclasses import dataclass, replace
+import re
 
 import matplotlib.image
 import torch
@@ -9,33 +8,13 @@ import torch
 import sd_mini
 from sd_mini import lab
 from sd_mini.lab import evaluation, report, settings
-from sd_mini.lab.runs import resumable
 
-from . import encoder, finished, main
+from . import ROOT, encoder, finished, main
 
-
-@dataclass
-class Config(lab.Settings):
-    steps: int = lab.setting(4, "iterations", low=1)
-    lr: float = lab.setting(0.02, "Adam's learning rate", low=0)
-    strength: float = 1.0  # no flag
-
-
-def forget(sd_o, erase_prompts, retain_prompts, config, folder=None):
-    """Train the text encoder until the concept's context is that of the empty prompt."""
-    sd = replace(sd_o, text_encoder=copy.deepcopy(sd_o.text_encoder))
-    theta = [p.requires_grad_(True) for p in sd.text_encoder.parameters()]
-    adam, generator = torch.optim.Adam(theta, lr=config.lr), torch.Generator()
-    empty = sd_o.encode_prompt([""])
-    loop = resumable(folder, config.steps, theta, adam, generator, config.save_every)
-    with loop as (iterations, history):
-        for _ in iterations:
-            loss = config.strength * (sd.encode_prompt(erase_prompts) - empty).square().mean()
-            adam.zero_grad()
-            loss.backward()
-            adam.step()
-            history.append({"distance": loss.item()})
-    return sd, history
+TUTORIAL = (ROOT / "TUTORIAL.md").read_text(encoding="utf-8")
+OWN = {"__name__": "forget"}
+exec(re.search(r"^```python\n(import copy\n.*?)^```", TUTORIAL, re.M | re.S)[1], OWN)
+Config, forget = OWN["Config"], OWN["forget"]  # it trains to a context like the empty prompt's
 
 
 def two_words(sd, prompts, pictures, look, config):
@@ -54,17 +33,17 @@ METHOD = lab.Method(
         "mine": lab.EvalAttack(two_words, room=lambda config: 2),
         "all": lab.EvalAttack(last_prompt, together=True)},
     rows=lambda sd_o, concepts, config: {"original": None, "mine": {},
-                                         "mine, weak": dict(strength=0.1, lr=0.001)})
+                                         "mine, weak": dict(lr=1e-4)})
 
 
 def run(*arguments, method=METHOD):
-    return main(*arguments, method=method)
+    return main("--steps", "4", *arguments, method=method)
 
 
 def test_it_gets_a_command_line():
     given = settings.parse(Config, ["--lr", "0.1", "--eval-set", "x"])
     assert given == {"lr": 0.1, "eval_set": "x"}
-    for words in (["--lr", "-1"], ["--strength", "2"], ["--eval-attacks", "mine", "token"]):
+    for words in (["--lr", "-1"], ["--eval-attacks", "mine", "token"]):
         assert run(*words) == 2
 
 
@@ -102,7 +81,7 @@ def test_each_model_is_drawn_attacked_and_kept_as_itself(sd, drawn, tmp_path, mo
         sd_mini.load_text_encoder(out / "text_encoder")) != before
 
     results = json.loads((out / "results.json").read_text())
-    assert results["config"]["lr"] == 0.02 and "minutes" not in results["results"]["erased"]
+    assert results["config"]["lr"] == 1e-3 and "minutes" not in results["results"]["erased"]
     [(_, titles, lines)] = grids
     for name, folder, word in (("original", tmp_path, "blue "), ("erased", out, "red ")):
         details = results["results"][name]["details"]

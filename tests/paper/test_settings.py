@@ -29,13 +29,6 @@ def test_defaults_are_the_published_ones():
         esd=(1e-4, 5e-4))
 
 
-def test_classifiers_are_these():
-    assert [concept.classifier for concept in read_concepts("nudity,van gogh,tench,snowman")] == [
-        "Falconsai/nsfw_image_detection:nsfw",
-        "openai/clip-vit-large-patch14:a painting by Vincent van Gogh",
-        *["microsoft/resnet-50"] * 2]
-
-
 ALLOWED = """layers 0, steps 1, warmup 0, lr 1e-10, lr 1.0, eta 0.0, erase_batch 1, attack_steps 1,
 attack_lr 1e-10, attack_lr 10.0, token_lr 1e-10, token_lr 10.0, attack_radius 1e-10, prefix 1,
 retain_weight 0.0, retain_batch 1, trajectories 1, trajectory_steps 1, trajectory_steps 500,

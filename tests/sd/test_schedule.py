@@ -9,11 +9,6 @@ from .reference import SCHEDULER, close
 LINEAR = dict(num_train_timesteps=500, beta_start=0.001, beta_end=0.01)
 
 
-def pictures(generator):
-    """Two batches of three small pictures."""
-    return torch.randn(2, 3, 4, 2, 2, generator=generator)
-
-
 @pytest.mark.parametrize("config", [
     {},
     SCHEDULER,
@@ -23,7 +18,7 @@ def pictures(generator):
 def test_noise_and_steps_are_those_of_the_reference(config, generator):
     reference = pytest.importorskip("diffusers").DDIMScheduler
     ours, theirs = Schedule(config), reference.from_config({"clip_sample": False, **config})
-    x, out = pictures(generator)
+    x, out = torch.randn(2, 3, 4, 2, 2, generator=generator)
     assert ours.add_noise(x.half(), out.half(), 20).dtype == torch.float16  # and nothing after it
     torch.testing.assert_close(ours.alpha_bar, theirs.alphas_cumprod)
     for t in (torch.tensor([1, 499, 20]), torch.tensor(20)):
@@ -43,7 +38,7 @@ def test_noise_and_steps_are_those_of_the_reference(config, generator):
 def test_below_0_is_the_clean_picture(to_one, generator):
     """Its alpha_bar is 1, or alpha_bar_0 where `set_alpha_to_one` is false."""
     schedule = Schedule({**SCHEDULER, "set_alpha_to_one": to_one})
-    x_0, noise = pictures(generator)
+    x_0, noise = torch.randn(2, 3, 4, 2, 2, generator=generator)
     clean = x_0 if to_one else schedule.add_noise(x_0, noise, 0)
     for t_prev in (-1, -19, torch.tensor([-1, -19, -300])):
         close(schedule.ddim_step(schedule.add_noise(x_0, noise, 1), noise, 1, t_prev), clean)

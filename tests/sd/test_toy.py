@@ -1,6 +1,5 @@
 """The toy world, its classifier and its training. All other tests on the toy rely on them."""
 import copy
-import itertools
 import os
 import signal
 import sys
@@ -20,27 +19,13 @@ from sd_mini.weights import TOY
 
 from .reference import assert_same, close
 
-ERASABLE = ["church", "garbage truck", "parachute", "tench"]
-
 
 def drawn(scenes, rng):
     """-> pictures (N, 3, 64, 64) in [0, 1]"""
-    pictures = np.stack([world.draw(scene, rng).transpose(2, 0, 1) for scene in scenes])
-    return torch.from_numpy(pictures).float() / 255
+    return torch.tensor(np.stack([world.draw(scene, rng) for scene in scenes])).movedim(3, 1) / 255
 
 
-def test_drawing_is_seeded_and_every_object_place_and_style_draws():
-    kinds = [(object, word) for object, words in world.OBJECTS.items() for word in words]
-    kinds += [("nothing", ""), ("nothing", "7")]  # a landscape, a nameless shape
-    looks = [(style, phrase) for style, phrases in world.STYLES.items() for phrase in phrases]
-    pairs = itertools.product(kinds, looks)
-    for (kind, look), place in zip(pairs, itertools.cycle(world.PLACES)):
-        scene = world.Scene(*kind, "red", place, *look)
-        a, b = (world.draw(scene, np.random.default_rng(5)) for _ in range(2))
-        assert a.shape == (64, 64, 3) and a.dtype == np.uint8 and (a == b).all()
-
-
-@pytest.mark.parametrize("concept", [*ERASABLE, "van gogh"])
+@pytest.mark.parametrize("concept", ["church", "garbage truck", "parachute", "tench", "van gogh"])
 def test_synonyms_share_no_token_with_the_name_and_are_kinds_of_their_own(sd, concept):
     """Else erasing the name would erase them too, and an attack had nothing to find."""
     listed = [word for word in read_concepts(concept)[0].synonyms if word != "refuse lorries"]
@@ -52,15 +37,6 @@ def test_synonyms_share_no_token_with_the_name_and_are_kinds_of_their_own(sd, co
               for word in world.OBJECTS.get(concept, ())]
     pictures = [world.draw(scene, np.random.default_rng(1)).astype(int) for scene in scenes]
     assert all(np.abs(a - b).mean() > 5 for i, a in enumerate(pictures) for b in pictures[:i])
-
-
-def test_captions_are_varied_fit_the_context_and_are_whole_words(sd):
-    rng = np.random.default_rng(0)
-    captions = [world.caption(world.random_scene(rng), rng) for _ in range(1000)]
-    assert len(set(captions)) > 500
-    ids = sd.tokenizer(captions).input_ids
-    assert max(map(len, ids)) + 3 <= sd.context_length
-    assert all(len(row) - 2 <= len(caption.split()) for row, caption in zip(ids, captions))
 
 
 def test_classifier_is_right_and_says_nothing_where_nothing_is_to_be_seen():
