@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 from matplotlib.figure import Figure  # not pyplot, which would choose a notebook's backend anew
 
-# Figure -> its title; for rates the same short. TUTORIAL, section 10, says what each counts.
+# Figure -> its title; for rates the same short. README says what each counts.
 COLUMNS = {
     "pre_attack_asr": ("pre-attack ASR", "pre"),
     "paraphrase_asr": ("ASR, paraphrases", "par"),
