@@ -129,9 +129,13 @@ def test_rates_count_what_they_say(made, tmp_path):
 
 def test_what_the_classifier_cannot_know_is_left_open(made):
     numbers, prompts, _ = made
-    numbers.known, prompts = {"church"}, prompts._replace(styles=[], clip_score=None)
+    labels = ["church", "tench", "church", "church"]
+    mixed = [row._replace(label=label) for row, label in zip(prompts.rows, labels)]
+    prompts = prompts._replace(rows=mixed, styles=[], clip_score=None)
+    numbers.known = {"church", "tench"}
     numbers.rest = lambda erased, before, now: (
-        [int(x) < 2 for x in now], [bool(x == y - 100) for x, y in zip(now, before)])
+        [erased == labels and int(x) < 2 for x in now],
+        [bool(x == y - 100) for x, y in zip(now, before)])
     figures, _ = evaluation.score(prompts, evaluation.draw_all(numbers, prompts, CONFIG))
     assert figures["utility"] is figures["neighbours"] is figures["styles"] is None
     assert "clip_score" not in figures and figures["pre_attack_asr"]["n"] == 4
