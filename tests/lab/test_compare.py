@@ -113,6 +113,7 @@ def test_two_processes_fill_one_table(tmp_path):
     ("sb-bb", "b----", [1, 3, 4]), ("--b--", "b----", [2, 0, 1]), ("-----", "-b---", [1, 0, 2])])
 def test_the_picture_shows_what_is_broken_in_the_first_row_that_is(esd, other, wanted):
     found = {name: {"seed-0": {"details": {"mine": [
-        {"without_attack": each == "s", "broken": each == "b"} for each in broken]}}}
+        {"without_attack": True} if each == "s" else
+        {"without_attack": False, "broken": each == "b"} for each in broken]}}}
         for name, broken in (("original", "ssssb"), ("ESD", esd), ("other", other))}
     assert compare.shown_prompts(found, "seed-0", "mine") == wanted

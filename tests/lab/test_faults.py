@@ -179,8 +179,9 @@ def bad(tmp_path_factory):
     root = tmp_path_factory.mktemp("bad")
     (root / "long.csv").write_text(f"prompt\n{'church ' * 30}\n")
     config = json.loads((WEIGHTS / "text_encoder/config.json").read_text())
-    wide = sd_mini.pipeline.TextEncoder({**config, "hidden_size": 32, "intermediate_size": 8})
-    sd_mini.save_part(wide, root / "wide", "text_encoder")
+    for key in ("hidden_size", "vocab_size", "max_position_embeddings"):
+        other = sd_mini.pipeline.TextEncoder({**config, "intermediate_size": 8, key: 32})
+        sd_mini.save_part(other, root / key, "text_encoder")
     return root
 
 
@@ -191,13 +192,15 @@ BAD = [  # arguments -> what the line names
     ("--task compare --save-pipeline", "--save-pipeline: is for"),
     ("--task compare --classifier none", "--classifier none: is for --task train"),
     ("--task compare --methods ESB", "ESB"),
-    ("--task evaluate --text-encoder {wide} --out {bad} --overwrite", "would delete"),
-    ("--model {wide} --out {bad} --overwrite", "would delete"), ("--concept=", "--concept"),
+    ("--task evaluate --text-encoder {hidden_size} --out {bad} --overwrite", "would delete"),
+    ("--model {vocab_size} --out {bad} --overwrite", "would delete"), ("--concept=", "--concept"),
     ("--concept church,tench --eval-set {long.csv}", "long.csv, line 2: no label"),
     ("--eval-set {nowhere.csv}", "nowhere.csv: cannot be read"),
     ("--task sample --prompts صورة_كنيسة_في_الصحراء_صورة_كنيسة", "--prompts: "),
     ("--prefix 30", "with 30 more"), ("--model {nowhere}", "nowhere: no such folder"),
-    ("--task evaluate --text-encoder {wide}", "its hidden_size is 32"),
+    ("--task evaluate --text-encoder {hidden_size}", "its hidden_size is 32"),
+    ("--task evaluate --text-encoder {vocab_size}", "its vocab_size is 32"),
+    ("--task evaluate --text-encoder {max_position_embeddings}", "_embeddings is 32"),
     ("--out {bad}", "{bad}: holds files and no run"), ("--out /dev/null/x", "/dev/null is"),
     ("--task sample --prompts a --out {long.csv}", "long.csv is not a folder"),
     ("--save-images {long.csv}/below", "--save-images"),

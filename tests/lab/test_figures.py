@@ -134,8 +134,7 @@ def test_what_the_classifier_cannot_know_is_left_open(made):
     prompts = prompts._replace(rows=mixed, styles=[], clip_score=None)
     numbers.known = {"church", "tench"}
     numbers.rest = lambda erased, before, now: (
-        [erased == labels and int(x) < 2 for x in now],
-        [bool(x == y - 100) for x, y in zip(now, before)])
+        [erased == labels and int(x) < 2 for x in now], [*map(torch.equal, now, before - 100)])
     figures, _ = evaluation.score(prompts, evaluation.draw_all(numbers, prompts, CONFIG))
     assert figures["utility"] is figures["neighbours"] is figures["styles"] is None
     assert "clip_score" not in figures and figures["pre_attack_asr"]["n"] == 4
