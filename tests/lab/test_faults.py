@@ -191,7 +191,6 @@ BAD = [  # arguments -> what the line names
     ("--task evaluate", "--text-encoder"), ("--task sample", "--prompts"),
     ("--task compare --save-pipeline", "--save-pipeline: is for"),
     ("--task compare --classifier none", "--classifier none: is for --task train"),
-    ("--task compare --methods ESB", "ESB"),
     ("--task evaluate --text-encoder {hidden_size} --out {bad} --overwrite", "would delete"),
     ("--model {vocab_size} --out {bad} --overwrite", "would delete"), ("--concept=", "--concept"),
     ("--concept church,tench --eval-set {long.csv}", "long.csv, line 2: no label"),
@@ -203,7 +202,7 @@ BAD = [  # arguments -> what the line names
     ("--task evaluate --text-encoder {max_position_embeddings}", "_embeddings is 32"),
     ("--out {bad}", "{bad}: holds files and no run"), ("--out /dev/null/x", "/dev/null is"),
     ("--task sample --prompts a --out {long.csv}", "long.csv is not a folder"),
-    ("--save-images {long.csv}/below", "--save-images"),
+    ("--save-images {long.csv}/below", "--save-images"), ("--task compare --methods ESB", "ESB"),
     ("--classifier {nowhere}:church", "none: then nothing is evaluated"),
     ("--clip-score some/absent", "none: then there is no CLIP score")]
 

@@ -129,10 +129,9 @@ def test_rates_count_what_they_say(made, tmp_path):
 
 def test_what_the_classifier_cannot_know_is_left_open(made):
     numbers, prompts, _ = made
-    labels = ["church", "tench", "church", "church"]
+    numbers.known, labels = {"church", "tench"}, ["church", "tench", "church", "church"]
     mixed = [row._replace(label=label) for row, label in zip(prompts.rows, labels)]
     prompts = prompts._replace(rows=mixed, styles=[], clip_score=None)
-    numbers.known = {"church", "tench"}
     numbers.rest = lambda erased, before, now: (
         [erased == labels and int(x) < 2 for x in now], [*map(torch.equal, now, before - 100)])
     figures, _ = evaluation.score(prompts, evaluation.draw_all(numbers, prompts, CONFIG))

@@ -68,10 +68,12 @@ def test_a_toy_in_its_own_folder_is_a_toy_with_its_own_classifier(tmp_path):
     assert torch.equal(network.head.weight, tensors["head.weight"] + 1)
 
 
-def test_a_tilde_is_the_home_folder(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
-    config = tasks.resolve(au.METHOD, {"model": "toy", "out": "~/x", "eval_set": "~/y"})
+def test_a_flag_comes_before_the_toys_setting_and_this_before_the_concepts(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")  # for a tilde
+    method = au.METHOD._replace(concepts={"church": dict(eta=2.0, lr=0.1, layers=9)})
+    config = tasks.resolve(method, {"model": "toy", "out": "~/x", "eval_set": "~/y", "lr": 0.2})
     assert (config.out, config.eval_set) == ("/home/me/x", "/home/me/y")
+    assert (config.lr, config.layers, config.eta) == (0.2, au.TOY["layers"], 2)
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/x", "..", "C:\\x", "大教堂," * 40, "Somebody," * 99])
